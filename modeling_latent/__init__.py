@@ -1,0 +1,72 @@
+"""Latent visual reasoning for transformers: configurations, backbones, decoding, traces. This folder is what the Hub carries."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_latent import (
+    LATENT_METHODS,
+    LatentConfigMixin,
+    LatentMethod,
+    LatentQwen2_5_VLConfig,
+    get_latent_method,
+    register_latent_method,
+)
+from .conversion_latent import convert_stock_checkpoint
+from .generation_latent import LatentGenerationMixin, saved_generation_config
+from .latent_attention import capture_attention_rows
+from .latent_heads import LATENT_HEADS, register_latent_head
+from .latent_inputs import LatentCausalLMOutputWithPast, latent_positions, replace_latents
+from .latent_strategies import (
+    LATENT_OPTIONS,
+    LATENT_STRATEGIES,
+    STOP_RULES,
+    LatentOption,
+    LatentStep,
+    LatentStrategy,
+    register_latent_option,
+    register_latent_strategy,
+    register_stop_rule,
+)
+from .latent_trace import LatentSpan, LatentTrace
+from .modeling_latent_qwen2_5_vl import LatentQwen2_5_VLForConditionalGeneration, LatentQwen2_5_VLModel
+from .processing_latent import LatentProcessor
+
+for _config, _model in ((LatentQwen2_5_VLConfig, LatentQwen2_5_VLForConditionalGeneration),):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForImageTextToText.register(_config, _model, exist_ok=True)
+    AutoProcessor.register(_config, LatentProcessor, exist_ok=True)
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModelForImageTextToText")
+LatentProcessor.register_for_auto_class()
+
+__all__ = [
+    "LATENT_HEADS",
+    "LATENT_METHODS",
+    "LATENT_OPTIONS",
+    "LATENT_STRATEGIES",
+    "STOP_RULES",
+    "LatentCausalLMOutputWithPast",
+    "LatentConfigMixin",
+    "LatentGenerationMixin",
+    "LatentMethod",
+    "LatentOption",
+    "LatentProcessor",
+    "LatentQwen2_5_VLConfig",
+    "LatentQwen2_5_VLForConditionalGeneration",
+    "LatentQwen2_5_VLModel",
+    "LatentSpan",
+    "LatentStep",
+    "LatentStrategy",
+    "LatentTrace",
+    "capture_attention_rows",
+    "convert_stock_checkpoint",
+    "get_latent_method",
+    "latent_positions",
+    "register_latent_head",
+    "register_latent_method",
+    "register_latent_option",
+    "register_latent_strategy",
+    "register_stop_rule",
+    "replace_latents",
+    "saved_generation_config",
+]

@@ -1,0 +1,193 @@
+"""Configuration of latent-reasoning models: the fields shared by all backbones, one thin class a backbone, and the table of methods.
+
+A *method* (LASER, LVR, ...) is data here: the names of its marker tokens, its decoding defaults and its latent head. The
+decode path reads these fields and knows no method by name.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, Qwen2_5_VLConfig
+
+
+@dataclass(frozen=True)
+class LatentMethod:
+    """What a published method fixes in a model: its marker tokens, its decoding defaults and its latent head.
+
+    Args:
+        name: key of the table, e.g. `"laser"`.
+        tokens: role (`"start"`, `"slot"`, `"end"`, `"patch"`) to token string, **in the order in which they are added**
+            to the tokenizer (the order fixes the ids).
+        generation: defaults of the options of `generate` (see `latent_strategies.py`), saved with the model.
+        head: name in the table of latent heads (see `latent_heads.py`), `None` for the hidden state as it is.
+        source: paper.
+    """
+
+    name: str
+    tokens: dict[str, str]
+    generation: dict[str, Any] = field(default_factory=dict)
+    head: str | None = None
+    source: str = ""
+
+
+LATENT_METHODS: dict[str, LatentMethod] = {}
+
+
+def register_latent_method(method: LatentMethod) -> LatentMethod:
+    """Add a method to the table, so that `convert_stock_checkpoint(..., method=name)` and the trainers find it.
+
+    Raises:
+        ValueError: when the name is taken by another definition or a required role is missing.
+    """
+    missing = {"start", "slot", "end"} - set(method.tokens)
+    if missing:
+        raise ValueError(f"latent method {method.name!r}: tokens lack the roles {sorted(missing)}; give a string for each")
+    if LATENT_METHODS.get(method.name, method) != method:
+        raise ValueError(f"latent method {method.name!r} is already registered with other values; choose another name")
+    LATENT_METHODS[method.name] = method
+    return method
+
+
+def get_latent_method(name: str) -> LatentMethod:
+    """Look a method up by name.
+
+    Raises:
+        ValueError: for an unknown name, with the names that exist.
+    """
+    if name not in LATENT_METHODS:
+        raise ValueError(f"unknown latent method {name!r}; choose one of {sorted(LATENT_METHODS)} or register it first")
+    return LATENT_METHODS[name]
+
+
+register_latent_method(
+    LatentMethod(
+        name="laser",
+        tokens={"start": "<|laser_start|>", "slot": "<|laser|>", "end": "<|laser_end|>"},
+        generation={"latent_strategy": "dynamic", "max_latent_steps": 8},
+        source="Forest Before Trees: Latent Superposition for Efficient Visual Reasoning, arXiv 2601.06803",
+    )
+)
+
+_LATENT_FIELDS = (
+    "latent_token_id",
+    "latent_start_token_id",
+    "latent_end_token_id",
+    "latent_patch_token_id",
+    "latent_method",
+    "latent_head",
+    "latent_generation",
+)
+
+
+@strict
+class LatentConfigMixin(PreTrainedConfig):
+    """The latent fields shared by every backbone.
+
+    Args:
+        latent_token_id: id that a latent position carries in `input_ids` (contract C1: the ids keep the record).
+        latent_start_token_id: id that opens a span.
+        latent_end_token_id: id that closes a span.
+        latent_patch_token_id: id of an image embedding inserted into a span, for methods that insert some.
+        latent_method: name of the method that the model was trained with.
+        latent_head: name of the module between a hidden state and the vector fed next; `None` feeds the final-norm
+            hidden state as it is.
+        latent_generation: decoding defaults of the method; an entry of `generation_config.json` or an argument of
+            `generate` wins over them.
+    """
+
+    latent_token_id: int | None = None
+    latent_start_token_id: int | None = None
+    latent_end_token_id: int | None = None
+    latent_patch_token_id: int | None = None
+    latent_method: str | None = None
+    latent_head: str | None = None
+    latent_generation: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.latent_generation = dict(self.latent_generation or {})
+        ids = [self.latent_token_id, self.latent_start_token_id, self.latent_end_token_id, self.latent_patch_token_id]
+        known = [i for i in ids if i is not None]
+        if len(set(known)) != len(known):
+            raise ValueError(f"latent token ids must differ from each other, got {ids}; give each role its own token")
+        reference = self._auto_map_reference()
+        if reference:
+            self.auto_map = {**reference, **(getattr(self, "auto_map", None) or {})}
+
+    def _auto_map_reference(self) -> dict[str, str]:
+        return {}
+
+    @classmethod
+    def from_stock(cls, stock_config: PreTrainedConfig, method: str | None = None, **latent_fields: Any) -> "LatentConfigMixin":
+        """Build the latent configuration from a stock one of the same family.
+
+        Args:
+            stock_config: e.g. a `Qwen2_5_VLConfig`.
+            method: name in `LATENT_METHODS`; fills `latent_method`, `latent_head` and `latent_generation`.
+            latent_fields: any field of this class; wins over the method's.
+
+        Raises:
+            ValueError: when the stock configuration is of another family or a field is unknown.
+        """
+        family = cls.model_type.removeprefix("latent_")
+        if stock_config.model_type not in (family, cls.model_type):
+            raise ValueError(
+                f"{cls.__name__} is built from a configuration with model_type {family!r}, got "
+                f"{stock_config.model_type!r}; use the latent class of that family"
+            )
+        unknown = set(latent_fields) - set(_LATENT_FIELDS)
+        if unknown:
+            raise ValueError(f"unknown latent fields {sorted(unknown)}; known: {list(_LATENT_FIELDS)}")
+        values = stock_config.to_dict()
+        for key in ("model_type", "architectures", "transformers_version", "auto_map"):
+            values.pop(key, None)
+        if method is not None:
+            entry = get_latent_method(method)
+            values.update(latent_method=entry.name, latent_head=entry.head, latent_generation=dict(entry.generation))
+        values.update(latent_fields)
+        config = cls(**values)
+        if stock_config._attn_implementation is not None:
+            config._attn_implementation = stock_config._attn_implementation
+        return config
+
+    def require_latent_tokens(self) -> None:
+        """Raise when the folder that this configuration came from has no latent tokens.
+
+        Raises:
+            ValueError: names the missing fields and the call that adds them.
+        """
+        missing = [name for name in _LATENT_FIELDS[:3] if getattr(self, name) is None]
+        if missing:
+            raise ValueError(
+                f"the model {self._name_or_path or type(self).__name__!r} has no latent tokens ({', '.join(missing)} is "
+                "None in config.json); make a latent model with `convert_stock_checkpoint(folder, method=...)` or pass "
+                "latent_strategy='off'"
+            )
+
+
+@strict
+class LatentQwen2_5_VLConfig(LatentConfigMixin, Qwen2_5_VLConfig):
+    """Qwen2.5-VL with latent fields. Build it with [`LatentConfigMixin.from_stock`]."""
+
+    model_type = "latent_qwen2_5_vl"
+
+    def _auto_map_reference(self) -> dict[str, str]:
+        model = "modeling_latent_qwen2_5_vl.LatentQwen2_5_VLForConditionalGeneration"
+        return {
+            "AutoConfig": "configuration_latent.LatentQwen2_5_VLConfig",
+            "AutoModel": model,
+            "AutoModelForImageTextToText": model,
+            "AutoModelForCausalLM": model,
+            "AutoProcessor": "processing_latent.LatentProcessor",
+        }
+
+
+__all__ = [
+    "LATENT_METHODS",
+    "LatentConfigMixin",
+    "LatentMethod",
+    "LatentQwen2_5_VLConfig",
+    "get_latent_method",
+    "register_latent_method",
+]

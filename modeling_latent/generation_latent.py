@@ -1,0 +1,327 @@
+"""`LatentGenerationMixin`: latents inside the stock decoding loops of transformers, by overriding hooks only (contract C3).
+
+Every row is a small state machine: outside a span it is stock text decoding; inside, the last logits processor forces the
+latent token (or the end marker) and the next input is a vector instead of an embedding. The state of a call lives in
+tensors keyed by position, so mixed batches, beams, caches, streamers and assisted decoding keep working.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.utils import logging
+
+from .latent_state import LatentState
+from .latent_strategies import LATENT_OPTIONS, LatentOptions, get_latent_strategy, resolve_latent_options
+from .latent_trace import LatentTrace
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class _LatentCall:
+    """What one `generate` call shares between the hooks."""
+
+    options: LatentOptions | None = None
+    state: LatentState | None = None
+    prompt_latents: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    keep_trace: bool = False
+
+
+_CALL: ContextVar[_LatentCall | None] = ContextVar("latent_call", default=None)
+
+
+def _state() -> LatentState | None:
+    call = _CALL.get()
+    return None if call is None else call.state
+
+
+@contextmanager
+def _latent_call() -> Iterator[_LatentCall]:
+    token = _CALL.set(_LatentCall())
+    try:
+        yield _CALL.get()
+    finally:
+        _CALL.reset(token)
+
+
+class LatentLogitsProcessor(LogitsProcessor):
+    """Appended last: forces slots, end markers and answer ids row by row, and leaves text rows to the sampler."""
+
+    def __init__(self, state: LatentState) -> None:
+        self.state = state
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return self.state.decide(input_ids, scores)
+
+
+class LatentStoppingCriteriaList(StoppingCriteriaList):
+    """Stock criteria, except that an id written by a slot stops nothing.
+
+    With `latent_ids="readable"` a slot may write an end-of-turn id; with `latent_budget="reference"` an open span overrides
+    the length limit as well (published LASER loop).
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, state: LatentState, overrun: bool) -> None:
+        super().__init__(criteria)
+        self.state = state
+        self.overrun = overrun
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        stopped = super().__call__(input_ids, scores, **kwargs)
+        allowed = stopped & ~self.state.is_slot(input_ids.shape[1] - 1)
+        if self.overrun:
+            return allowed
+        for criterion in self:
+            if isinstance(criterion, MaxLengthCriteria):
+                allowed = allowed | criterion(input_ids, scores, **kwargs)
+        return allowed
+
+
+class LatentCandidateGenerator(CandidateGenerator):
+    """Wraps the candidate generator of assisted decoding: no candidate may lie inside a span.
+
+    Inside a span, and where an id is forced, no candidate is proposed; elsewhere candidates are cut after the first start
+    marker and before the first latent id. The wrapped generator reads the slots by the ids that they would have said.
+    """
+
+    def __init__(self, inner: CandidateGenerator, state: LatentState) -> None:
+        self.inner = inner
+        self.state = state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    @property
+    def requires_model_outputs(self) -> bool:
+        return self.inner.requires_model_outputs
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple:
+        if self.state.is_forced(input_ids):
+            return input_ids, None
+        candidates, logits = self.inner.get_candidates(self.state.readable(input_ids), **kwargs)
+        new = candidates[:, input_ids.shape[1] :]
+        keep = self.state.free_prefix(new[0])
+        candidates = torch.cat([input_ids, new[:, :keep].to(input_ids)], dim=1)
+        return candidates, None if logits is None else logits[:, :keep]
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int) -> None:
+        self.inner.update_candidate_strategy(input_ids, scores, num_matches)
+
+
+class LatentGenerationMixin(GenerationMixin):
+    """Adds `latent_strategy` and its options to `generate` (see `latent_strategies.py` for the table).
+
+    With `return_dict_in_generate=True` the output has `latent_trace`, a [`LatentTrace`].
+
+    Raises (from `generate`):
+        ValueError: unknown strategy or value, an option that the strategy does not read, a model without latent tokens, or a
+            combination that cannot work; the message names option, value and remedy.
+    """
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`, plus the latent options."""
+        if inputs is not None and inputs.dim() == 2 and not inputs.is_floating_point() and "input_ids" not in kwargs:
+            inputs, kwargs["input_ids"] = None, inputs
+        with _latent_call() as call:
+            output = super().generate(inputs, *args, **kwargs)
+            if call.keep_trace and call.state is not None and not torch.is_tensor(output):
+                output["latent_trace"] = call.state.build_trace(output, self.config)
+        return output
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the runner of continuous batching keeps only logits and cannot feed a vector back."""
+        raise ValueError(
+            "continuous batching (generate_batch, cache_implementation='paged') cannot feed latents: its runner builds ids "
+            "only. Call generate() with a padded batch, or load the stock class to decode without latents"
+        )
+
+    def replay(self, trace: LatentTrace, **inputs: Any) -> Any:
+        """One teacher-forced forward over the sequences of a trace; its logits equal those of decoding.
+
+        Args:
+            trace: from `generate`, from [`LatentTrace.load`], or edited with `replace_slots`.
+            inputs: the image inputs of the same prompts (`pixel_values`, `image_grid_thw`, ...), one row per trace row.
+
+        Returns:
+            Output of `forward` with logits `(B, T, V)`; `logits[:, p - 1]` chose position `p`.
+        """
+        batch, length = trace.sequences.shape
+        mask = inputs.pop("attention_mask", None)
+        mask = trace.attention_mask if mask is None else mask
+        if mask is not None:
+            if mask.shape[0] != batch:
+                raise ValueError(f"attention_mask has {mask.shape[0]} rows, the trace {batch}; repeat the inputs per row")
+            mask = torch.cat([mask, mask.new_ones(batch, length - mask.shape[1])], dim=1)
+        types = inputs.pop("mm_token_type_ids", None)
+        if types is not None:
+            inputs["mm_token_type_ids"] = torch.cat([types, types.new_zeros(batch, length - types.shape[1])], dim=1)
+        return self(
+            input_ids=trace.sequences,
+            attention_mask=mask,
+            position_ids=trace.position_ids,
+            latent_embeds=trace.latent_embeds,
+            latent_mask=trace.latent_mask,
+            use_cache=False,
+            **inputs,
+        )
+
+    # --- hooks of the stock loops, in the order in which `generate` calls them ---
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any) -> tuple:
+        given = {name: kwargs.pop(name) for name in LATENT_OPTIONS if name in kwargs}
+        name = kwargs.pop("latent_strategy", None)
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        saved, method = vars(generation_config), self.config.latent_generation or {}
+        name = name or saved.get("latent_strategy") or method.get("latent_strategy") or "off"
+        options = resolve_latent_options(name, given, [saved, method])
+        if name != options.strategy.name:
+            logger.info(f"latent_strategy={name!r} is called {options.strategy.name!r} here")
+        if options.strategy.opens_span:
+            self.config.require_latent_tokens()
+            self._refuse_latent_combinations(options, generation_config)
+        if options.strategy.layout is not None:
+            model_kwargs = options.strategy.layout(self, model_kwargs, options)
+        call = _CALL.get()
+        if call is not None:
+            call.options = options
+            call.keep_trace = bool(generation_config.return_dict_in_generate)
+            if model_kwargs.get("latent_embeds") is not None:
+                call.prompt_latents = (model_kwargs.pop("latent_embeds"), model_kwargs.pop("latent_mask", None))
+        return generation_config, model_kwargs
+
+    @staticmethod
+    def _refuse_latent_combinations(options: LatentOptions, config: GenerationConfig) -> None:
+        values, beams, assisted = options.values, (config.num_beams or 1) > 1, config.prompt_lookup_num_tokens is not None
+        if beams and config.use_cache is False:
+            raise ValueError("beam search over latents needs the cache; drop use_cache=False or use num_beams=1")
+        special = values.latent_ids == "readable" or values.latent_budget == "reference"
+        if special and (beams or assisted):
+            raise ValueError("latent_ids='readable' and latent_budget='reference' work with greedy decoding and sampling only")
+        if values.latent_budget == "reference" and config.cache_implementation is not None:
+            raise ValueError(
+                f"latent_budget='reference' may run past max_new_tokens, which cache_implementation="
+                f"{config.cache_implementation!r} has no room for; use the default cache or latent_budget='strict'"
+            )
+        if config.use_mtp or config.assistant_early_exit is not None:
+            raise ValueError("use_mtp and assistant_early_exit cannot draft over latents; use prompt lookup or an assistant")
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, mode: Any, batch_size: int, max_length: int
+    ) -> Any:
+        call = _CALL.get()
+        if call is not None and call.options is not None and self.config.latent_token_id is not None:
+            call.state = LatentState(
+                call.options,
+                self.config,
+                num_prompts=batch_size,
+                use_cache=generation_config.use_cache is not False,
+                chunked=generation_config.prefill_chunk_size is not None,
+                sample=bool(generation_config.do_sample) and (generation_config.num_beams or 1) == 1,
+                keep_trace=call.keep_trace,
+                prompt_latents=call.prompt_latents,
+                attention_mask=model_kwargs.get("attention_mask"),
+            )
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        state = _state()
+        if state is not None:
+            state.prompt_length = kwargs["input_ids_seq_length"]
+            processors.append(LatentLogitsProcessor(state))
+        return processors
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria, state = super()._get_stopping_criteria(*args, **kwargs), _state()
+        if state is None:
+            return criteria
+        values = state.options.values
+        overrun = values.latent_budget == "reference"
+        if values.latent_ids == "readable" or overrun:
+            return LatentStoppingCriteriaList(criteria, state, overrun)
+        return criteria
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        inner, state = super()._get_candidate_generator(*args, **kwargs), _state()
+        if state is None:
+            return inner
+        assistant_config = getattr(inner, "generation_config", None)
+        if assistant_config is not None:
+            assistant_config.latent_strategy = "off"
+        return LatentCandidateGenerator(inner, state)
+
+    def _prefill(self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict, **kw: Any) -> Any:
+        call = _CALL.get()
+        stock: Callable = super()._prefill
+        if call is not None and call.options is not None and call.options.strategy.prefill is not None:
+            return call.options.strategy.prefill(
+                self, stock, input_ids, generation_config, model_kwargs, call.options, **kw
+            )
+        return stock(input_ids, generation_config, model_kwargs, **kw)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
+        first = bool(kwargs.get("is_first_iteration"))
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        state = _state()
+        if state is not None:
+            fed = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
+            hidden = self.config.get_text_config().hidden_size
+            model_inputs.update(state.next_inputs(input_ids, fed.shape[1], hidden, self.dtype, first))
+        return model_inputs
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        state = _state()
+        if state is not None:
+            state.observe(outputs)
+            state.position_ids = model_kwargs.get("position_ids")
+        return model_kwargs
+
+    @wraps(GenerationMixin._assisted_decoding)
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock assisted decoding; there the processors run before the update hook, so outputs are observed in `forward`."""
+        state = _state()
+        if state is None:
+            return super()._assisted_decoding(*args, **kwargs)
+        handle = self.register_forward_hook(lambda module, inputs, output: state.observe(output))
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    def _reorder_cache(self, past_key_values: Any, beam_idx: torch.LongTensor) -> Any:
+        past_key_values.reorder_cache(beam_idx)
+        state = _state()
+        if state is not None:
+            state.reorder(beam_idx)
+        return past_key_values
+
+
+def saved_generation_config(config: GenerationConfig, **latent_options: Any) -> GenerationConfig:
+    """Generation config that keeps its latent options in `generation_config.json` (custom entries of a config derived from a
+    model config are dropped on load, so that mark is cleared).
+
+    Raises:
+        ValueError: an unknown strategy or option, or a value out of range.
+    """
+    name = latent_options.get("latent_strategy")
+    if name is not None:
+        latent_options["latent_strategy"] = get_latent_strategy(name).name
+    for key, value in latent_options.items():
+        if key != "latent_strategy":
+            if key not in LATENT_OPTIONS or not LATENT_OPTIONS[key].saved:
+                raise ValueError(f"{key!r} is no option that can be saved; known: {sorted(LATENT_OPTIONS)}")
+            LATENT_OPTIONS[key].check(key, value)
+    return GenerationConfig(**{**config.to_dict(), "_from_model_config": False, **latent_options})
+
+
+__all__ = ["LatentGenerationMixin", "LatentTrace", "saved_generation_config"]

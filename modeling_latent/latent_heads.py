@@ -1,0 +1,73 @@
+"""Latent heads: modules between a final-norm hidden state and the vector that is fed next.
+
+A head is chosen by `config.latent_head`; `None` feeds the hidden state as it is (LASER). Further heads are added with
+[`register_latent_head`] in the file that travels with the model.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+LATENT_HEADS: dict[str, Callable[[PreTrainedConfig], nn.Module]] = {}
+
+
+def register_latent_head(name: str) -> Callable:
+    """Class decorator that adds a head to the table. The class is built with the text configuration.
+
+    Raises:
+        ValueError: when the name is taken by another class.
+    """
+
+    def add(factory: Callable[[PreTrainedConfig], nn.Module]) -> Callable:
+        known = LATENT_HEADS.get(name)
+        if known is not None and known.__qualname__ != factory.__qualname__:
+            raise ValueError(f"latent head {name!r} is already registered by {known.__qualname__}; choose another name")
+        LATENT_HEADS[name] = factory
+        return factory
+
+    return add
+
+
+def build_latent_head(config: PreTrainedConfig) -> nn.Module | None:
+    """Build the head named by `config.latent_head`.
+
+    Raises:
+        ValueError: for an unknown name, with the names that exist.
+    """
+    if config.latent_head is None:
+        return None
+    if config.latent_head not in LATENT_HEADS:
+        raise ValueError(f"unknown latent_head {config.latent_head!r}; choose one of {sorted(LATENT_HEADS)} or None")
+    return LATENT_HEADS[config.latent_head](config.get_text_config())
+
+
+@register_latent_head("simple")
+class SimpleLatentHead(nn.Module):
+    """LayerNorm, linear, GELU, linear; no residual. `(..., hidden)` to `(..., hidden)`. Source: LVR, head type `simple`."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.ln_q = nn.LayerNorm(size, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.ln_q(hidden_states))
+
+
+@register_latent_head("glu")
+class GluLatentHead(nn.Module):
+    """Gated linear unit of the decoder's width and activation, with biases. Source: LVR, head type `glu`."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
