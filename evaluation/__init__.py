@@ -1,0 +1,1 @@
+"""Evaluation of latent visual reasoning: benchmarks, interventions on latents, statistics, figures."""

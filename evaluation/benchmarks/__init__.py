@@ -1,0 +1,1 @@
+"""Benchmarks: what is asked and how it is scored, one file each."""

@@ -1,0 +1,92 @@
+"""Configurations of the trainers: one field per option, readable from YAML and from the command line (`trl.TrlParser`)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from .data.records import DEFAULT_MAX_BAD_SHARE
+from .losses.dwal import DwalOptions
+
+
+@dataclass
+class LatentSFTConfig(SFTConfig):
+    """Options of [`LatentSFTTrainer`], on top of `trl.SFTConfig`.
+
+    The `dwal_*` options are those of the LASER paper (arXiv 2601.06803); their defaults are the values of its published
+    training script, which agree with the paper.
+    """
+
+    latent_method: str | None = field(
+        default=None, metadata={"help": "Training objective; default: the method that the model was made for."}
+    )
+    latent_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight (lambda) of the latent loss. 0 trains the cross entropy alone."}
+    )
+    latent_form: str = field(
+        default="chain",
+        metadata={"help": "'chain': concepts between the markers (DWAL); 'slots': k fixed slots; 'none': no span."},
+    )
+    num_slots: int | None = field(
+        default=None, metadata={"help": "Slots per span with latent_form='slots'; default: as many as the record has."}
+    )
+    max_bad_share: float = field(
+        default=DEFAULT_MAX_BAD_SHARE, metadata={"help": "The run stops when more than this share of records is bad."}
+    )
+    dwal_window_size: int | None = field(
+        default=None, metadata={"help": "Concept tokens in a window at most; default: all that remain."}
+    )
+    dwal_temperature: float = field(default=1.0, metadata={"help": "Temperature of the self-made target."})
+    dwal_entropy_threshold: float = field(
+        default=0.6, metadata={"help": "Normalised entropy above which a target is mixed with the next token (eta)."}
+    )
+    dwal_force_prob: float = field(
+        default=0.8, metadata={"help": "Weight of the next token in a mixed target (f; alpha in the paper)."}
+    )
+    dwal_loss_type: str = field(default="weighted_ce", metadata={"help": "'weighted_ce' or 'mse'."})
+    dwal_spatial_decay_gamma: float | None = field(
+        default=None, metadata={"help": "Time-aware form: decay of far concepts in the target, e.g. 0.91."}
+    )
+    dwal_time_weight_init: float | None = field(
+        default=None, metadata={"help": "Time-aware form: weight of the first row of a region, e.g. 0.5."}
+    )
+    dwal_mse_masked: bool = field(
+        default=True, metadata={"help": "Mask columns outside the window in 'mse'; false: the reference's value."}
+    )
+    dwal_deduplicate_window: bool = field(
+        default=False, metadata={"help": "Count a concept token once per window (the paper's set)."}
+    )
+    dwal_row_average: str = field(
+        default="flat", metadata={"help": "'flat': mean over all rows of the batch; 'example': per example first."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Refused unless None: cutting a sequence would split image tokens or a span."}
+    )
+    pad_to_multiple_of: int | None = field(default=8, metadata={"help": "Batches are padded to a multiple of this."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.remove_unused_columns = False
+        if self.latent_form not in ("chain", "slots", "none"):
+            raise ValueError(f"latent_form={self.latent_form!r} is unknown; choose 'chain', 'slots' or 'none'")
+        if self.num_slots is not None and (self.num_slots < 1 or self.latent_form != "slots"):
+            raise ValueError(f"num_slots={self.num_slots} needs latent_form='slots' and at least 1")
+        if self.latent_loss_weight < 0:
+            raise ValueError(f"latent_loss_weight={self.latent_loss_weight} must be 0 or more")
+        if self.max_length is not None:
+            raise ValueError(
+                f"max_length={self.max_length} would cut image tokens or a span; leave it out and bound max_pixels of the "
+                "processor instead"
+            )
+        if self.packing or self.padding_free:
+            raise ValueError("packing and padding_free do not work with images; set them to false")
+        self.dwal_options()
+
+    def dwal_options(self) -> DwalOptions:
+        """The `dwal_*` fields as options of the loss."""
+        prefix = "dwal_"
+        values: dict[str, Any] = {k.removeprefix(prefix): v for k, v in vars(self).items() if k.startswith(prefix)}
+        try:
+            return DwalOptions(**values)
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from error

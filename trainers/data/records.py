@@ -1,0 +1,368 @@
+"""The one data record: its fields, its `datasets` schema, its checks, and the report of bad rows.
+
+Every published data set becomes rows of this schema (readers), every method's collator states which of its columns it
+needs. The fields are those of "Forest Before Trees: Latent Superposition for Efficient Visual Reasoning" (arXiv
+2601.06803: chain, conversations), of the ROI methods (boxes), of the stepwise methods (steps, step images) and of the
+distilled ones (teacher).
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+
+logger = logging.getLogger(__name__)
+
+LISTED_BAD_ROWS = 10
+DEFAULT_MAX_BAD_SHARE = 0.01
+
+
+class Box(TypedDict):
+    """A region of one image: `image` is the index in the record's `images`, `xyxy` is `[x0, y0, x1, y1]` in 0..1."""
+
+    image: int
+    xyxy: list[float]
+
+
+class Message(TypedDict):
+    """One turn as published: `content` still holds the `<image>` and `<laser>` placeholders of the file."""
+
+    role: str
+    content: str
+
+
+class Record(TypedDict):
+    """One example.
+
+    Fields:
+        id: name of the example.
+        images: `PIL.Image.Image`s or paths (or URLs), in the order of the placeholders.
+        question: the user's words, without image placeholder.
+        answer: the short answer.
+        choices: texts of the options, in order.
+        chain: short concepts from global to local, the answer concept last.
+        steps: one sentence a reasoning step.
+        boxes: regions of interest, see `Box`.
+        step_images: one image a reasoning step.
+        teacher: references to precomputed tensors (JSON-able).
+        messages: only for data published as conversations, see `Message`.
+        meta: JSON-able facts on the origin (file, row, name of the data set, ...).
+    """
+
+    id: str
+    images: list[Any]
+    question: str
+    answer: str
+    choices: list[str] | None
+    chain: list[str] | None
+    steps: list[str] | None
+    boxes: list[Box] | None
+    step_images: list[Any] | None
+    teacher: dict[str, Any] | None
+    messages: list[Message] | None
+    meta: dict[str, Any]
+
+
+RECORD_FIELDS = tuple(Record.__annotations__)
+
+
+class RecordError(ValueError):
+    """A bad row (or file, when `row` is None): where it is and what to do.
+
+    Args:
+        file: data file, or another name of the source.
+        row: 0-based index of the record in the file.
+        reason: what is wrong, the value, and the remedy.
+    """
+
+    def __init__(self, file: str | os.PathLike, row: int | None, reason: str) -> None:
+        self.file, self.row, self.reason = os.fspath(file), row, reason
+        super().__init__(f"{self.file}, {f'row {row}' if row is not None else 'whole file'}: {reason}")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.file, self.row, self.reason)
+
+
+class RecordShareError(ValueError):
+    """The share of bad rows is above the limit; the message lists the first of them."""
+
+
+class RecordReport:
+    """Collects what became of the rows that were read, so that nothing is dropped silently.
+
+    Args:
+        max_bad_share: largest share of bad rows (0..1) with which a run may go on.
+
+    Raises:
+        ValueError: when `max_bad_share` is outside 0..1.
+    """
+
+    def __init__(self, max_bad_share: float = DEFAULT_MAX_BAD_SHARE) -> None:
+        self.max_bad_share = _checked_share(max_bad_share)
+        self.num_good = 0
+        self.num_bad = 0
+        self.first_bad: list[RecordError] = []
+        self.skip_reasons: Counter[str] = Counter()
+
+    @property
+    def bad_share(self) -> float:
+        """Bad rows divided by good and bad rows (rows skipped on request do not count); 0 when nothing was read."""
+        return self.num_bad / max(self.num_good + self.num_bad, 1)
+
+    def good(self) -> None:
+        """Counts one good row."""
+        self.num_good += 1
+
+    def bad(self, file: str | os.PathLike, row: int | None, reason: str) -> None:
+        """Counts one bad row and keeps it for the list if it is among the first ten."""
+        self.num_bad += 1
+        if len(self.first_bad) < LISTED_BAD_ROWS:
+            self.first_bad.append(RecordError(file, row, reason))
+
+    def skipped(self, reason: str) -> None:
+        """Counts one row that the user asked to leave out (a blacklist, a filter)."""
+        self.skip_reasons[reason] += 1
+
+    def summary(self) -> str:
+        """Counts of good, bad and skipped rows, and the first ten bad ones with file, row and reason, as text."""
+        lines = [f"{self.num_good} good rows, {self.num_bad} bad rows ({self.bad_share:.2%} bad)"]
+        lines += [f"  skipped on request: {count} ({reason})" for reason, count in self.skip_reasons.items()]
+        lines += [f"  {error}" for error in self.first_bad]
+        if self.num_bad > len(self.first_bad):
+            lines.append(f"  and {self.num_bad - len(self.first_bad)} more")
+        return "\n".join(lines)
+
+    def check(self, max_bad_share: float | None = None) -> None:
+        """Stops the run when too many rows are bad, warns when some are.
+
+        Args:
+            max_bad_share: limit for this call instead of the report's own.
+
+        Raises:
+            RecordShareError: when the share of bad rows is above the limit.
+        """
+        limit = self.max_bad_share if max_bad_share is None else _checked_share(max_bad_share)
+        if self.bad_share > limit:
+            raise RecordShareError(
+                f"the share of bad rows is above max_bad_share={limit:g}; repair the rows listed here, or raise "
+                f"max_bad_share to go on without them\n{self.summary()}"
+            )
+        if self.num_bad:
+            logger.warning("bad rows were left out: %s", self.summary())
+        elif self.skip_reasons:
+            logger.info("%s", self.summary())
+
+
+def _checked_share(share: float) -> float:
+    if not 0 <= share <= 1:
+        raise ValueError(f"max_bad_share must be between 0 and 1, got {share!r}; 0.01 allows one bad row in a hundred")
+    return share
+
+
+def make_record(id: str, question: str, answer: str, images: Iterable[Any] = (), **optional: Any) -> Record:
+    """A record with every field present: those that are not given are None, and `meta` is `{}`.
+
+    Raises:
+        ValueError: for a field that the schema does not have.
+    """
+    unknown = set(optional) - set(RECORD_FIELDS)
+    if unknown:
+        raise ValueError(
+            f"unknown record fields {sorted(unknown)}; the schema has {list(RECORD_FIELDS)}, put others in meta"
+        )
+    record = dict.fromkeys(RECORD_FIELDS)
+    record.update(id=id, question=question, answer=answer, images=list(images), meta={})
+    record.update(optional)
+    return record
+
+
+def validate_record(record: Mapping[str, Any], source: str | os.PathLike, row: int | None) -> None:
+    """Checks the types and ranges of a record's fields.
+
+    Raises:
+        RecordError: for the first field that is missing, unknown or wrong, with its value and the remedy.
+    """
+    missing = [name for name in RECORD_FIELDS if name not in record]
+    unknown = sorted(set(record) - set(RECORD_FIELDS))
+    if missing or unknown:
+        raise RecordError(
+            source, row, f"missing fields {missing}, unknown fields {unknown}; build rows with make_record()"
+        )
+    for name in ("id", "question", "answer"):
+        if not isinstance(record[name], str):
+            raise RecordError(source, row, f"{name} must be a string, got {record[name]!r}")
+    for name in ("choices", "chain", "steps"):
+        _check_strings(record[name], name, source, row)
+    if not isinstance(record["images"], list):
+        raise RecordError(
+            source, row, f"images must be a list (empty for text only), got {type(record['images']).__name__}"
+        )
+    for name in ("images", "step_images"):
+        _check_images(record[name], name, source, row)
+    check_boxes(record["boxes"], len(record["images"]), source, row)
+    _check_messages(record["messages"], source, row)
+    if not isinstance(record["meta"], dict):
+        raise RecordError(source, row, f"meta must be a dict, got {record['meta']!r}")
+    for name in ("meta", "teacher"):
+        _to_json(record[name], name, source, row)
+
+
+def _check_strings(values: Any, name: str, source: str | os.PathLike, row: int | None) -> None:
+    if values is not None and not (isinstance(values, list) and all(isinstance(v, str) and v.strip() for v in values)):
+        raise RecordError(source, row, f"{name} must be a list of non-empty strings or None, got {values!r}")
+
+
+def _check_images(images: Any, name: str, source: str | os.PathLike, row: int | None) -> None:
+    if images is None:
+        return
+    from PIL import Image
+
+    wrong = [image for image in images if not isinstance(image, str | os.PathLike | Image.Image)]
+    if wrong:
+        raise RecordError(
+            source, row, f"{name} must hold PIL images or paths, got {type(wrong[0]).__name__}: {wrong[0]!r:.80}"
+        )
+
+
+def check_boxes(boxes: Any, num_images: int, source: str | os.PathLike, row: int | None) -> None:
+    """Checks that every box names one of the images and has `0 <= x0 < x1 <= 1` and `0 <= y0 < y1 <= 1`.
+
+    Raises:
+        RecordError: for the first box that does not.
+    """
+    for box in boxes or []:
+        try:
+            x0, y0, x1, y1 = (float(value) for value in box["xyxy"])
+            right = box["image"] in range(num_images) and 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
+        except (KeyError, TypeError, ValueError):
+            right = False
+        if not right:
+            raise RecordError(
+                source,
+                row,
+                f"box {box!r} is not {{'image': index, 'xyxy': [x0, y0, x1, y1]}} with 0 <= x0 < x1 <= 1, "
+                f"0 <= y0 < y1 <= 1 and an index below {num_images} (the number of images); "
+                "divide pixels by the image size",
+            )
+
+
+def _check_messages(messages: Any, source: str | os.PathLike, row: int | None) -> None:
+    for turn in messages or []:
+        if not (isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))):
+            raise RecordError(source, row, f"messages must hold {{'role': str, 'content': str}}, got {turn!r}")
+
+
+def _to_json(value: Any, name: str, source: str | os.PathLike, row: int | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise RecordError(
+            source, row, f"{name} must be JSON-able ({error}); store tensors in files and refer to them"
+        ) from error
+
+
+def record_features() -> "Features":
+    """The `datasets` schema of a record; `meta` and `teacher` are JSON strings because a struct cannot vary by row."""
+    from datasets import Features, Image, List, Value
+
+    text = Value("string")
+    return Features(
+        {
+            "id": text,
+            "images": List(Image()),
+            "question": text,
+            "answer": text,
+            "choices": List(text),
+            "chain": List(text),
+            "steps": List(text),
+            "boxes": List({"image": Value("int32"), "xyxy": List(Value("float64"))}),
+            "step_images": List(Image()),
+            "teacher": text,
+            "messages": List({"role": text, "content": text}),
+            "meta": text,
+        }
+    )
+
+
+def record_origin(record: Mapping[str, Any]) -> tuple[str, int | None]:
+    """File and row that an error about this record names: from `meta`, else the record's id."""
+    meta = record.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    return str(meta.get("source", f"record {record.get('id')!r}")), meta.get("row")
+
+
+def record_to_row(record: Record) -> dict[str, Any]:
+    """The row of a `datasets` table: images encoded (paths stay paths), `meta` and `teacher` as JSON strings.
+
+    For a streaming data set:
+    `IterableDataset.from_generator(lambda: map(record_to_row, records), features=record_features())`.
+
+    Raises:
+        RecordError: when a field is wrong (see `validate_record`).
+    """
+    source, row = record_origin(record)
+    validate_record(record, source, row)
+    encoded = {field: record[field] for field in RECORD_FIELDS}
+    for field in ("images", "step_images"):
+        if record[field] is not None:
+            encoded[field] = [_encode_image(image) for image in record[field]]
+    for field in ("meta", "teacher"):
+        encoded[field] = _to_json(record[field], field, source, row)
+    return encoded
+
+
+def _encode_image(image: Any) -> dict[str, Any]:
+    if isinstance(image, str | os.PathLike):
+        return {"path": os.fspath(image), "bytes": None}
+    from datasets import Image
+
+    return Image().encode_example(image)
+
+
+def _decode_image(image: Any) -> Any:
+    if not isinstance(image, dict):
+        return image
+    if image.get("bytes") is None:
+        return image["path"]
+    from datasets import Image
+
+    return Image().decode_example(image)
+
+
+def records_to_dataset(records: Iterable[Record]) -> "Dataset":
+    """A `datasets.Dataset` with the schema of `record_features()` (paths stay references, PIL images become bytes).
+
+    Raises:
+        RecordError: for the first record with a wrong field.
+    """
+    from datasets import Dataset
+
+    return Dataset.from_list([record_to_row(record) for record in records], features=record_features())
+
+
+def record_from_row(row: Mapping[str, Any]) -> Record:
+    """The record of a row of such a table; the inverse of `record_to_row`, with the images decoded to PIL.
+
+    Raises:
+        ValueError: when the row lacks a column of the schema, or has one that the schema does not have.
+    """
+    if set(row) != set(RECORD_FIELDS):
+        missing, unknown = sorted(set(RECORD_FIELDS) - set(row)), sorted(set(row) - set(RECORD_FIELDS))
+        raise ValueError(
+            f"not a record row: missing columns {missing}, unknown columns {unknown}; see record_features()"
+        )
+    record = dict(row)
+    for name in ("images", "step_images"):
+        if record[name] is not None:
+            record[name] = [_decode_image(image) for image in record[name]]
+    record["meta"] = json.loads(record["meta"]) if record["meta"] else {}
+    record["teacher"] = json.loads(record["teacher"]) if record["teacher"] is not None else None
+    return record

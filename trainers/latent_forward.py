@@ -1,0 +1,148 @@
+"""The one file that touches TRL's fused LM head: an extra loss inside the wrapped forward, on supervised rows only.
+
+TRL replaces `model.forward` on the instance and, in training, calls the backbone and multiplies its hidden states with the
+LM head in chunks. [`add_latent_loss`] wraps that forward once more. During the call a hook on the backbone hands the
+supervised hidden states on (only those meet the LM head, on every device) and keeps all of them for the latent loss, which
+is computed inside the same forward, so that DDP, ZeRO and FSDP see every parameter where they expect it.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import trl
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, maybe_gather_lm_head_ctx
+
+_TRL_PARAMETERS = {"fused_lm_head", "labels", "shift_labels"}
+
+
+@dataclass
+class LatentLoss:
+    """Result of a latent loss.
+
+    Args:
+        loss: 0-dim tensor with its graph, not yet weighted.
+        sums: name to `(numerator, denominator)`, 0-dim tensors without gradient, for metrics that add up over
+            micro-batches and ranks.
+    """
+
+    loss: torch.Tensor
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class LatentObjective(Protocol):
+    """What a method computes in the forward; it holds options, no parameters.
+
+    `sum_names` are the keys of [`LatentLoss.sums`], the same in every batch.
+    """
+
+    sum_names: tuple[str, ...]
+
+    def ce_labels(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:
+        """Labels `(batch, length)` for the cross-entropy term."""
+        ...
+
+    def loss(self, model: PreTrainedModel, hidden_states: torch.Tensor, inputs: dict[str, Any]) -> LatentLoss:
+        """Latent loss of the batch from the backbone's final-norm hidden states `(batch, length, hidden)`."""
+        ...
+
+
+@dataclass
+class LatentFusedOutput(FusedCausalLMOutput):
+    """TRL's fused output with the latent loss.
+
+    Args:
+        latent_loss: 0-dim, unweighted.
+        latent_sums: `(metrics, 2)` numerators and denominators, in the order of the objective's `sums`.
+    """
+
+    latent_loss: torch.Tensor | None = None
+    latent_sums: torch.Tensor | None = None
+
+
+def check_trl_fused_head() -> None:
+    """Check what this file relies on in the installed TRL.
+
+    Raises:
+        RuntimeError: names the TRL version whose fused LM head has another form.
+    """
+    source = inspect.getsource(add_fused_lm_head)
+    missing = [name for name in sorted(_TRL_PARAMETERS) if name not in source]
+    if missing or "backbone_attr" not in source or "last_hidden_state" not in source:
+        raise RuntimeError(
+            f"trl {trl.__version__} changed its fused LM head (missing: {missing or 'backbone call'}); "
+            "install a version in the range of pyproject.toml"
+        )
+
+
+def add_latent_loss(model: PreTrainedModel, objective: LatentObjective) -> None:
+    """Wrap the instance's forward (already wrapped by TRL) so that it also returns the objective's loss.
+
+    Args:
+        model: the unwrapped head class whose `forward` TRL replaced; with PEFT the base model inside.
+        objective: the method's loss.
+
+    Raises:
+        RuntimeError: TRL's fused head is absent or has another form.
+    """
+    check_trl_fused_head()
+    fused_forward = model.forward
+    if "forward" not in vars(model):
+        raise RuntimeError("model.forward was not wrapped by TRL's add_fused_lm_head; build the trainer first")
+
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return fused_forward(*args, **({} if labels is None else {"labels": labels}), **kwargs)
+        kept: dict[str, torch.Tensor] = {}
+        targets = objective.ce_labels(kwargs["input_ids"], labels)[:, 1:]
+        hook = self.base_model.register_forward_hook(_keep_supervised(kept, targets), with_kwargs=False)
+        try:
+            output = fused_forward(*args, fused_lm_head=True, shift_labels=_supervised_labels(targets), **kwargs)
+        finally:
+            hook.remove()
+        latent = objective.loss(self, kept["hidden_states"], {**kwargs, "labels": labels})
+        sums = [torch.stack([value.detach().float() for value in pair]) for pair in latent.sums.values()]
+        return LatentFusedOutput(
+            **{name: output[name] for name in output.keys()},
+            latent_loss=latent.loss,
+            latent_sums=torch.stack(sums) if sums else torch.zeros(0, 2, device=latent.loss.device),
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+@contextmanager
+def gathered_lm_head(model: PreTrainedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Weight `(vocabulary, hidden)` and bias of the LM head as plain tensors, gathered under ZeRO-3 and FSDP2."""
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, head.bias
+    if isinstance(weight, DTensor):
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    with maybe_gather_lm_head_ctx(weight, bias):
+        yield weight, bias
+
+
+def _supervised_labels(targets: torch.LongTensor) -> torch.LongTensor:
+    """Labels of the supervised rows, `(1, N)`; one ignored row when there is none, so that the graph stays connected."""
+    rows = targets[targets != -100]
+    return (rows if rows.numel() else targets.new_full((1,), -100)).unsqueeze(0)
+
+
+def _keep_supervised(kept: dict[str, torch.Tensor], targets: torch.LongTensor) -> Callable:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        kept["hidden_states"] = hidden
+        rows = hidden[:, :-1][targets != -100]
+        output.last_hidden_state = (rows if rows.shape[0] else hidden[0, :1]).unsqueeze(0)
+        return output
+
+    return hook

@@ -1,0 +1,75 @@
+"""Objectives: what a method trains in the wrapped forward, chosen by `LatentSFTConfig.latent_method`.
+
+An objective binds a loss of `trainers/losses/` to the options of the config and to the token ids of the model. A new method
+registers its own with [`register_objective`]; the trainer is not edited.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .configs import LatentSFTConfig
+from .latent_forward import LatentLoss, LatentObjective, gathered_lm_head
+from .losses.dwal import DwalOptions, find_latent_rows, fused_dwal_loss, mask_region_labels
+
+ObjectiveFactory = Callable[[LatentSFTConfig, PreTrainedConfig], LatentObjective]
+OBJECTIVES: dict[str, ObjectiveFactory] = {}
+
+
+def register_objective(method: str) -> Callable[[ObjectiveFactory], ObjectiveFactory]:
+    """Decorator that adds the objective of a method: a callable `(config of the trainer, config of the model)`."""
+
+    def add(factory: ObjectiveFactory) -> ObjectiveFactory:
+        OBJECTIVES[method] = factory
+        return factory
+
+    return add
+
+
+def build_objective(args: LatentSFTConfig, config: PreTrainedConfig) -> LatentObjective:
+    """Objective of `args.latent_method`, by default of the method that the model was made for.
+
+    Raises:
+        ValueError: no method is named, an unknown one, or a model without latent tokens.
+    """
+    method = args.latent_method or getattr(config, "latent_method", None)
+    if method not in OBJECTIVES:
+        raise ValueError(f"latent_method={method!r} has no training objective; choose one of {sorted(OBJECTIVES)}")
+    if not hasattr(config, "require_latent_tokens"):
+        raise ValueError(
+            f"{type(config).__name__} is a stock configuration; make the model with convert_stock_checkpoint(folder, "
+            f"method={method!r})"
+        )
+    config.require_latent_tokens()
+    return OBJECTIVES[method](args, config)
+
+
+@register_objective("laser")
+class LaserObjective:
+    """LASER: cross entropy outside the chain, DWAL on it (arXiv 2601.06803).
+
+    With `latent_form="slots"` there is no chain: the slots are fed by their own embedding, carry no label, and only the
+    cross entropy is trained.
+    """
+
+    sum_names = ("confused_ratio", "last_concept_ratio")
+
+    def __init__(self, args: LatentSFTConfig, config: PreTrainedConfig) -> None:
+        self.options: DwalOptions = args.dwal_options()
+        self.start_id, self.end_id = config.latent_start_token_id, config.latent_end_token_id
+        self.slot_id = config.latent_token_id
+
+    def _rows(self, input_ids: torch.LongTensor) -> Any:
+        return find_latent_rows(input_ids, self.start_id, self.end_id, self.options.window_size)
+
+    def ce_labels(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:
+        return mask_region_labels(labels, self._rows(input_ids))
+
+    def loss(self, model: PreTrainedModel, hidden_states: torch.Tensor, inputs: dict[str, Any]) -> LatentLoss:
+        rows = self._rows(inputs["input_ids"].masked_fill(inputs["input_ids"] == self.slot_id, self.end_id))
+        with gathered_lm_head(model) as (weight, bias):
+            out = fused_dwal_loss(rows.select(hidden_states), weight, bias, rows, self.options)
+        pairs = ((out.confused_count, out.num_wide_rows), (out.last_concept_count, out.num_wide_rows))
+        return LatentLoss(out.loss, dict(zip(self.sum_names, pairs, strict=True)))

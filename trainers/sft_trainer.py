@@ -1,0 +1,124 @@
+"""`LatentSFTTrainer`: TRL's `SFTTrainer` with a latent objective computed inside the wrapped forward."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+
+from .collators import LatentSFTCollator
+from .configs import LatentSFTConfig
+from .latent_forward import LatentFusedOutput, add_latent_loss
+from .objectives import build_objective
+
+
+class LatentSFTTrainer(SFTTrainer):
+    """Supervised training of latent reasoning, for every method that has an objective (`trainers/objectives.py`).
+
+    Total loss = cross entropy + `latent_loss_weight` * latent loss, both means over the micro-batch, as in the published
+    LASER code. Only supervised positions meet the LM head. PEFT, DDP, ZeRO and gradient accumulation work as in TRL.
+
+    Logged: `loss_total`, `loss_ce`, `loss_latent` (means over the micro-batches since the last log, over all ranks) and the
+    objective's ratios (sums of numerators over sums of denominators), each with prefix `eval_` in evaluation.
+
+    Args:
+        model: a latent model, a folder or a Hub id of one.
+        args: [`LatentSFTConfig`].
+        train_dataset, eval_dataset: records (`trainers/data/records.py`), also streaming.
+        processing_class: the model's `LatentProcessor`.
+        kwargs: further arguments of `trl.SFTTrainer`, e.g. `peft_config`.
+
+    Raises:
+        ValueError: a stock model, a missing column, or an option that cannot work; names it and the remedy.
+    """
+
+    _tag_names = ["trl", "sft", "latent-reasoning"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: LatentSFTConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if processing_class is None:
+            raise ValueError("LatentSFTTrainer needs processing_class, the LatentProcessor saved beside the model")
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            _check_columns(name, dataset, args.latent_form)
+        if data_collator is None:
+            data_collator = LatentSFTCollator(
+                processing_class, args.latent_form, args.num_slots, args.pad_to_multiple_of
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            **kwargs,
+        )
+        base = self.accelerator.unwrap_model(self.model)
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        self.objective = build_objective(args, base.config)
+        self._latent_totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        add_latent_loss(base, self.objective)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        kept: list[LatentFusedOutput] = []
+        hook = model.register_forward_hook(lambda module, args, output: kept.append(output))
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            hook.remove()
+        loss, output = (result[0] if return_outputs else result), kept[0]
+        ce = loss.detach()
+        latent = output.latent_loss
+        if num_items_in_batch is not None:  # the trainer does not divide by the accumulation steps then
+            latent = latent / self.current_gradient_accumulation_steps
+        if self.args.latent_loss_weight > 0:
+            loss = loss + self.args.latent_loss_weight * latent
+        self._add_totals(loss.detach(), ce, latent.detach(), output.latent_sums)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _add_totals(self, total: torch.Tensor, ce: torch.Tensor, latent: torch.Tensor, sums: torch.Tensor) -> None:
+        """Add numerators and denominators of one micro-batch; nothing is synchronised here."""
+        one = torch.ones_like(total)
+        pairs = {"loss_total": (total, one), "loss_ce": (ce, one), "loss_latent": (latent, one)}
+        pairs.update(zip(self.objective.sum_names, sums.unbind(0), strict=True))
+        totals = self._latent_totals["train" if self.model.training else "eval"]
+        for name, pair in pairs.items():
+            value = torch.stack([part.float() for part in pair]) if isinstance(pair, tuple) else pair
+            totals[name] = totals[name] + value if name in totals else value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        totals = self._latent_totals[mode]
+        if totals:
+            summed = self.accelerator.reduce(torch.stack(list(totals.values())), reduction="sum").tolist()
+            for name, (numerator, denominator) in zip(totals, summed, strict=True):
+                self._metrics[mode][name] = [numerator / denominator if denominator else 0.0]
+            self._latent_totals[mode] = {}
+        super().log(logs, start_time)
+
+
+def _check_columns(name: str, dataset: Any, latent_form: str) -> None:
+    """Refuse a data set without the columns that the collator reads."""
+    columns = getattr(dataset, "column_names", None)
+    if dataset is None or columns is None or isinstance(dataset, dict):
+        return
+    needed = ["images", "question", "answer"] + (["chain"] if latent_form == "chain" else [])
+    missing = [column for column in needed if column not in columns]
+    if missing and "messages" not in columns or ("chain" in missing and latent_form == "chain"):
+        raise ValueError(
+            f"{name} has the columns {sorted(columns)} but lacks {missing} (latent_form={latent_form!r}); make it with a "
+            "reader of trainers.data (read_source, maze_dataset) or add the columns"
+        )
+
+
+__all__ = ["LatentSFTTrainer"]
