@@ -28,7 +28,9 @@ def draw_maze_page(
         ValueError: lists of different length, or empty ones.
     """
     if not mazes or not len(mazes) == len(texts) == len(latent_paths) == len(correct):
-        raise ValueError(f"need one text, path and score per maze, got {len(mazes)}, {len(texts)}, {len(latent_paths)}")
+        raise ValueError(
+            f"need one text, path and score per maze, got {len(mazes)}, {len(texts)}, {len(latent_paths)}"
+        )
     pictures = [draw_plan(render_maze(m, _CELL), m, parse_plan(t) or []) for m, t in zip(mazes, texts, strict=True)]
     column = max(picture.width for picture in pictures)
     height = sum(max(picture.height, 150) + _MARGIN for picture in pictures) + _MARGIN

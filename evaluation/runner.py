@@ -36,7 +36,9 @@ def build_prompt(processor: ProcessorMixin, record: Record, instruction: str = "
     """The chat prompt of a record: its images, then its question, then the opening of the reply."""
     content = [{"type": "image"} for _ in record["images"]]
     content.append({"type": "text", "text": record["question"] + instruction})
-    return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
 
 
 @torch.no_grad()
@@ -52,7 +54,8 @@ def predict(
 ) -> list[Prediction]:
     """Generate an answer for every record, greedily unless `do_sample=True` is passed.
 
-    Records are sorted by prompt length, so that a batch holds rows of similar length; the result is in the order given.
+    Records are sorted by prompt length, so that a batch holds rows of similar length; the result is in the order
+    given.
 
     Args:
         model: a latent model in eval mode (it is switched to eval and back).
@@ -75,7 +78,12 @@ def predict(
         for first in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress):
             part = order[first : first + batch_size]
             batch = _predict_batch(
-                model, processor, [records[i] for i in part], [prompts[i] for i in part], max_new_tokens, generate_options
+                model,
+                processor,
+                [records[i] for i in part],
+                [prompts[i] for i in part],
+                max_new_tokens,
+                generate_options,
             )
             for index, prediction in zip(part, batch, strict=True):
                 results[index] = prediction
@@ -95,7 +103,11 @@ def _predict_batch(
     images = [record["images"] for record in records]
     has_images = any(images)
     inputs = processor(
-        text=list(prompts), images=images if has_images else None, padding=True, padding_side="left", return_tensors="pt"
+        text=list(prompts),
+        images=images if has_images else None,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
     ).to(model.device)
     options = {"do_sample": False, **options}
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options)

@@ -27,12 +27,19 @@ class ScriptArguments:
     """What to train on."""
 
     data_path: str | None = field(
-        default=None, metadata={"help": "LLaVA JSON or JSONL, or a meta file of several sources; default: generated mazes."}
+        default=None,
+        metadata={"help": "LLaVA JSON or JSONL, or a meta file of several sources; default: generated mazes."},
     )
     image_folder: str | None = field(default=None, metadata={"help": "Folder that relative image paths belong to."})
-    freeze_vision_tower: bool = field(default=False, metadata={"help": "Keep the vision tower and its merger as they are."})
-    min_pixels: int | None = field(default=None, metadata={"help": "Least number of pixels of an image after resizing."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Greatest number of pixels of an image after resizing."})
+    freeze_vision_tower: bool = field(
+        default=False, metadata={"help": "Keep the vision tower and its merger as they are."}
+    )
+    min_pixels: int | None = field(
+        default=None, metadata={"help": "Least number of pixels of an image after resizing."}
+    )
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "Greatest number of pixels of an image after resizing."}
+    )
     maze_seed: int = field(default=0, metadata={"help": "Seed of the generated mazes."})
     num_eval_mazes: int = field(default=100, metadata={"help": "Held-out mazes for the evaluation loss."})
 

@@ -2,8 +2,8 @@
 
     python examples/train_tiny_base.py --output_dir hub_configs/maze-tiny/base --vsp_dir ../shared/data/vsp_maze
 
-It learns direct plans (picture and question to answer, no chain) and stands in for the stock checkpoint that a real run
-starts from. It is committed in `hub_configs/maze-tiny/base`, so the quickstart downloads nothing.
+It learns direct plans (picture and question to answer, no chain) and stands in for the stock checkpoint that a real
+run starts from. It is committed in `hub_configs/maze-tiny/base`, so the quickstart downloads nothing.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TEXT = (
 
 
 def save_untrained_base(folder: str, seed: int) -> None:
-    """A stock checkpoint folder with random weights: cell names and moves are single tokens, a cell is one visual token."""
+    """A stock checkpoint folder with random weights: cell names and moves are single tokens."""
     tokenizer = build_tiny_tokenizer([TEXT] * 50, vocab_size=560, words=[*CELLS, *"LRUD"])
     image_processor = build_tiny_image_processor(min_pixels=28 * 28, max_pixels=28 * 28 * MAX_SIZE**2)
     config = tiny_qwen2_5_vl_config(

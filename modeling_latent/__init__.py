@@ -1,4 +1,7 @@
-"""Latent visual reasoning for transformers: configurations, backbones, decoding, traces. This folder is what the Hub carries."""
+"""Latent visual reasoning for transformers: configurations, backbones, decoding, traces.
+
+This folder is what the Hub carries with a model.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 

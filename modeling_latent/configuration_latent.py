@@ -1,7 +1,8 @@
-"""Configuration of latent-reasoning models: the fields shared by all backbones, one thin class a backbone, and the table of methods.
+"""Configuration of latent-reasoning models: the fields shared by all backbones, one thin class a backbone, and the
+table of methods.
 
-A *method* (LASER, LVR, ...) is data here: the names of its marker tokens, its decoding defaults and its latent head. The
-decode path reads these fields and knows no method by name.
+A *method* (LASER, LVR, ...) is data here: the names of its marker tokens, its decoding defaults and its latent head.
+The decode path reads these fields and knows no method by name.
 """
 
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ class LatentMethod:
 
     Args:
         name: key of the table, e.g. `"laser"`.
-        tokens: role (`"start"`, `"slot"`, `"end"`, `"patch"`) to token string, **in the order in which they are added**
-            to the tokenizer (the order fixes the ids).
+        tokens: role (`"start"`, `"slot"`, `"end"`, `"patch"`) to token string, **in the order in which they are
+            added** to the tokenizer (the order fixes the ids).
         generation: defaults of the options of `generate` (see `latent_strategies.py`), saved with the model.
         head: name in the table of latent heads (see `latent_heads.py`), `None` for the hidden state as it is.
         source: paper.
@@ -42,7 +43,9 @@ def register_latent_method(method: LatentMethod) -> LatentMethod:
     """
     missing = {"start", "slot", "end"} - set(method.tokens)
     if missing:
-        raise ValueError(f"latent method {method.name!r}: tokens lack the roles {sorted(missing)}; give a string for each")
+        raise ValueError(
+            f"latent method {method.name!r}: tokens lack the roles {sorted(missing)}; give a string for each"
+        )
     if LATENT_METHODS.get(method.name, method) != method:
         raise ValueError(f"latent method {method.name!r} is already registered with other values; choose another name")
     LATENT_METHODS[method.name] = method
@@ -56,7 +59,9 @@ def get_latent_method(name: str) -> LatentMethod:
         ValueError: for an unknown name, with the names that exist.
     """
     if name not in LATENT_METHODS:
-        raise ValueError(f"unknown latent method {name!r}; choose one of {sorted(LATENT_METHODS)} or register it first")
+        raise ValueError(
+            f"unknown latent method {name!r}; choose one of {sorted(LATENT_METHODS)} or register it first"
+        )
     return LATENT_METHODS[name]
 
 
@@ -119,7 +124,9 @@ class LatentConfigMixin(PreTrainedConfig):
         return {}
 
     @classmethod
-    def from_stock(cls, stock_config: PreTrainedConfig, method: str | None = None, **latent_fields: Any) -> "LatentConfigMixin":
+    def from_stock(
+        cls, stock_config: PreTrainedConfig, method: str | None = None, **latent_fields: Any
+    ) -> "LatentConfigMixin":
         """Build the latent configuration from a stock one of the same family.
 
         Args:
@@ -160,8 +167,8 @@ class LatentConfigMixin(PreTrainedConfig):
         missing = [name for name in _LATENT_FIELDS[:3] if getattr(self, name) is None]
         if missing:
             raise ValueError(
-                f"the model {self._name_or_path or type(self).__name__!r} has no latent tokens ({', '.join(missing)} is "
-                "None in config.json); make a latent model with `convert_stock_checkpoint(folder, method=...)` or pass "
+                f"the model {self._name_or_path or type(self).__name__!r} has no latent tokens ({', '.join(missing)} "
+                "is None in config.json); make a latent model with `convert_stock_checkpoint(folder, method=...)` or "
                 "latent_strategy='off'"
             )
 

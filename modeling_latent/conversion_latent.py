@@ -46,9 +46,10 @@ def convert_stock_checkpoint(
         model_kwargs: for `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Returns:
-        `(model, processor)`, ready to train, to `save_pretrained` and to `push_to_hub`. Embedding rows are added only when the
-        tokenizer has outgrown the vocabulary (card: nothing is resized for the 3B and 7B models); added rows are drawn as
-        the model initialises embeddings.
+        `(model, processor)`, ready to train, to `save_pretrained` and to `push_to_hub`. Embedding rows are added only
+        when the
+        tokenizer has outgrown the vocabulary (card: nothing is resized for the 3B and 7B models); added rows are
+        drawn as the model initialises embeddings.
 
     Raises:
         ValueError: a family without a latent class, or a folder that is latent already with another method.
@@ -56,7 +57,9 @@ def convert_stock_checkpoint(
     entry = get_latent_method(method)
     stock_config = _read_config(name_or_path)
     if stock_config.model_type.startswith("latent_"):
-        raise ValueError(f"{name_or_path} is a latent model already (method {stock_config.latent_method!r}); load it with AutoModel")
+        raise ValueError(
+            f"{name_or_path} is a latent model already (method {stock_config.latent_method!r}); load it with AutoModel"
+        )
     config_class, model_class = latent_classes(stock_config.model_type, str(name_or_path))
     if processor is None:
         processor = LatentProcessor.from_pretrained(name_or_path, latent_tokens=entry.tokens)
@@ -83,4 +86,6 @@ def _read_config(name_or_path: str | Path) -> Any:
     try:
         return AutoConfig.from_pretrained(name_or_path)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name_or_path}/config.json is not valid JSON ({error}); download the checkpoint again") from error
+        raise ValueError(
+            f"{name_or_path}/config.json is not valid JSON ({error}); download the checkpoint again"
+        ) from error

@@ -1,6 +1,8 @@
-"""`LatentGenerationMixin`: latents inside the stock decoding loops of transformers, by overriding hooks only (contract C3).
+"""`LatentGenerationMixin`: latents inside the stock decoding loops of transformers, by overriding hooks only
+(contract C3).
 
-Every row is a small state machine: outside a span it is stock text decoding; inside, the last logits processor forces the
+Every row is a small state machine: outside a span it is stock text decoding; inside, the last logits processor forces
+the
 latent token (or the end marker) and the next input is a vector instead of an embedding. The state of a call lives in
 tensors keyed by position, so mixed batches, beams, caches, streamers and assisted decoding keep working.
 """
@@ -65,8 +67,8 @@ class LatentLogitsProcessor(LogitsProcessor):
 class LatentStoppingCriteriaList(StoppingCriteriaList):
     """Stock criteria, except that an id written by a slot stops nothing.
 
-    With `latent_ids="readable"` a slot may write an end-of-turn id; with `latent_budget="reference"` an open span overrides
-    the length limit as well (published LASER loop).
+    With `latent_ids="readable"` a slot may write an end-of-turn id; with `latent_budget="reference"` an open span
+    overrides the length limit as well (published LASER loop).
     """
 
     def __init__(self, criteria: StoppingCriteriaList, state: LatentState, overrun: bool) -> None:
@@ -88,7 +90,8 @@ class LatentStoppingCriteriaList(StoppingCriteriaList):
 class LatentCandidateGenerator(CandidateGenerator):
     """Wraps the candidate generator of assisted decoding: no candidate may lie inside a span.
 
-    Inside a span, and where an id is forced, no candidate is proposed; elsewhere candidates are cut after the first start
+    Inside a span, and where an id is forced, no candidate is proposed; elsewhere candidates are cut after the first
+    start
     marker and before the first latent id. The wrapped generator reads the slots by the ids that they would have said.
     """
 
@@ -112,7 +115,9 @@ class LatentCandidateGenerator(CandidateGenerator):
         candidates = torch.cat([input_ids, new[:, :keep].to(input_ids)], dim=1)
         return candidates, None if logits is None else logits[:, :keep]
 
-    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int) -> None:
+    def update_candidate_strategy(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int
+    ) -> None:
         self.inner.update_candidate_strategy(input_ids, scores, num_matches)
 
 
@@ -122,8 +127,8 @@ class LatentGenerationMixin(GenerationMixin):
     With `return_dict_in_generate=True` the output has `latent_trace`, a [`LatentTrace`].
 
     Raises (from `generate`):
-        ValueError: unknown strategy or value, an option that the strategy does not read, a model without latent tokens, or a
-            combination that cannot work; the message names option, value and remedy.
+        ValueError: unknown strategy or value, an option that the strategy does not read, a model without latent
+            tokens, or a combination that cannot work; the message names option, value and remedy.
     """
 
     @torch.no_grad()
@@ -140,8 +145,8 @@ class LatentGenerationMixin(GenerationMixin):
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the runner of continuous batching keeps only logits and cannot feed a vector back."""
         raise ValueError(
-            "continuous batching (generate_batch, cache_implementation='paged') cannot feed latents: its runner builds ids "
-            "only. Call generate() with a padded batch, or load the stock class to decode without latents"
+            "continuous batching (generate_batch, cache_implementation='paged') cannot feed latents: its runner "
+            "builds ids only. Call generate() with a padded batch, or load the stock class to decode without latents"
         )
 
     def replay(self, trace: LatentTrace, **inputs: Any) -> Any:
@@ -149,7 +154,8 @@ class LatentGenerationMixin(GenerationMixin):
 
         Args:
             trace: from `generate`, from [`LatentTrace.load`], or edited with `replace_slots`.
-            inputs: the image inputs of the same prompts (`pixel_values`, `image_grid_thw`, ...), one row per trace row.
+            inputs: the image inputs of the same prompts (`pixel_values`, `image_grid_thw`, ...), one row per trace
+            row.
 
         Returns:
             Output of `forward` with logits `(B, T, V)`; `logits[:, p - 1]` chose position `p`.
@@ -159,7 +165,9 @@ class LatentGenerationMixin(GenerationMixin):
         mask = trace.attention_mask if mask is None else mask
         if mask is not None:
             if mask.shape[0] != batch:
-                raise ValueError(f"attention_mask has {mask.shape[0]} rows, the trace {batch}; repeat the inputs per row")
+                raise ValueError(
+                    f"attention_mask has {mask.shape[0]} rows, the trace {batch}; repeat the inputs per row"
+                )
             mask = torch.cat([mask, mask.new_ones(batch, length - mask.shape[1])], dim=1)
         types = inputs.pop("mm_token_type_ids", None)
         if types is not None:
@@ -200,19 +208,27 @@ class LatentGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _refuse_latent_combinations(options: LatentOptions, config: GenerationConfig) -> None:
-        values, beams, assisted = options.values, (config.num_beams or 1) > 1, config.prompt_lookup_num_tokens is not None
+        values, beams, assisted = (
+            options.values,
+            (config.num_beams or 1) > 1,
+            config.prompt_lookup_num_tokens is not None,
+        )
         if beams and config.use_cache is False:
             raise ValueError("beam search over latents needs the cache; drop use_cache=False or use num_beams=1")
         special = values.latent_ids == "readable" or values.latent_budget == "reference"
         if special and (beams or assisted):
-            raise ValueError("latent_ids='readable' and latent_budget='reference' work with greedy decoding and sampling only")
+            raise ValueError(
+                "latent_ids='readable' and latent_budget='reference' work with greedy decoding and sampling only"
+            )
         if values.latent_budget == "reference" and config.cache_implementation is not None:
             raise ValueError(
                 f"latent_budget='reference' may run past max_new_tokens, which cache_implementation="
                 f"{config.cache_implementation!r} has no room for; use the default cache or latent_budget='strict'"
             )
         if config.use_mtp or config.assistant_early_exit is not None:
-            raise ValueError("use_mtp and assistant_early_exit cannot draft over latents; use prompt lookup or an assistant")
+            raise ValueError(
+                "use_mtp and assistant_early_exit cannot draft over latents; use prompt lookup or an assistant"
+            )
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, mode: Any, batch_size: int, max_length: int
@@ -259,7 +275,9 @@ class LatentGenerationMixin(GenerationMixin):
             assistant_config.latent_strategy = "off"
         return LatentCandidateGenerator(inner, state)
 
-    def _prefill(self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict, **kw: Any) -> Any:
+    def _prefill(
+        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict, **kw: Any
+    ) -> Any:
         call = _CALL.get()
         stock: Callable = super()._prefill
         if call is not None and call.options is not None and call.options.strategy.prefill is not None:
@@ -273,12 +291,18 @@ class LatentGenerationMixin(GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         state = _state()
         if state is not None:
-            fed = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
+            fed = (
+                model_inputs["input_ids"]
+                if model_inputs.get("input_ids") is not None
+                else model_inputs["inputs_embeds"]
+            )
             hidden = self.config.get_text_config().hidden_size
             model_inputs.update(state.next_inputs(input_ids, fed.shape[1], hidden, self.dtype, first))
         return model_inputs
 
-    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         state = _state()
         if state is not None:
@@ -288,7 +312,7 @@ class LatentGenerationMixin(GenerationMixin):
 
     @wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock assisted decoding; there the processors run before the update hook, so outputs are observed in `forward`."""
+        """Stock assisted decoding; its processors run before the update hook, so `forward` is observed instead."""
         state = _state()
         if state is None:
             return super()._assisted_decoding(*args, **kwargs)
@@ -307,8 +331,8 @@ class LatentGenerationMixin(GenerationMixin):
 
 
 def saved_generation_config(config: GenerationConfig, **latent_options: Any) -> GenerationConfig:
-    """Generation config that keeps its latent options in `generation_config.json` (custom entries of a config derived from a
-    model config are dropped on load, so that mark is cleared).
+    """Generation config that keeps its latent options in `generation_config.json` (custom entries of a config derived
+    from a model config are dropped on load, so that mark is cleared).
 
     Raises:
         ValueError: an unknown strategy or option, or a value out of range.

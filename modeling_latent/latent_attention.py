@@ -3,8 +3,8 @@
 Methods that pick image patches by attention, align it to a teacher's, or report it, need the weights of one or a few
 queries. The kernels in use return none, and eager attention for all rows would allocate `length x length` weights in
 every layer. Here the attention function of the text layers is wrapped, through the public attention interface of
-transformers, by one that computes the softmax for the chosen rows only and then calls the kernel in use. The vision tower
-keeps its own attention.
+transformers, by one that computes the softmax for the chosen rows only and then calls the kernel in use. The vision
+tower keeps its own attention.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ class AttentionRows:
     """Captured weights.
 
     Args:
-        weights: layer index to `(batch, heads, rows, keys)`, in float32, of the last forward in the context. They are part of
-            the autograd graph unless gradients are off.
+        weights: layer index to `(batch, heads, rows, keys)`, in float32, of the last forward in the context. They are
+            part of the autograd graph unless gradients are off.
     """
 
     weights: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -54,7 +54,8 @@ def attention_of_rows(
     Args:
         query: `(batch, heads, queries, dim)` after rotary embedding.
         key: `(batch, kv_heads, keys, dim)`; the last key belongs to the last query.
-        attention_mask: 4-D mask of the kernel (bool: true may attend; float: added), or `None` for plain causal attention.
+        attention_mask: 4-D mask of the kernel (bool: true may attend; float: added), or `None` for plain causal
+        attention.
         rows: `(batch, rows)` indices into the query axis.
         scaling: factor on the dot products.
         padding: 2-D mask `(batch, keys)` for kernels that take one (flash), 0 at padding.
@@ -115,7 +116,9 @@ def capture_attention_rows(
     if base != "eager" and kernel is None:
         raise ValueError(f"attention implementation {base!r} is not in the attention interface; use 'sdpa' or 'eager'")
 
-    def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
+    def observe(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> Any:
         if layers is None or module.layer_idx in layers:
             index = torch.full((query.shape[0], 1), -1, device=query.device) if rows is None else rows.to(query.device)
             is_dense = mask is not None and mask.dim() == 4

@@ -24,7 +24,9 @@ def register_latent_head(name: str) -> Callable:
     def add(factory: Callable[[PreTrainedConfig], nn.Module]) -> Callable:
         known = LATENT_HEADS.get(name)
         if known is not None and known.__qualname__ != factory.__qualname__:
-            raise ValueError(f"latent head {name!r} is already registered by {known.__qualname__}; choose another name")
+            raise ValueError(
+                f"latent head {name!r} is already registered by {known.__qualname__}; choose another name"
+            )
         LATENT_HEADS[name] = factory
         return factory
 
@@ -46,7 +48,7 @@ def build_latent_head(config: PreTrainedConfig) -> nn.Module | None:
 
 @register_latent_head("simple")
 class SimpleLatentHead(nn.Module):
-    """LayerNorm, linear, GELU, linear; no residual. `(..., hidden)` to `(..., hidden)`. Source: LVR, head type `simple`."""
+    """LayerNorm, linear, GELU, linear; no residual. Keeps the shape `(..., hidden)`. Source: LVR, type `simple`."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Where latents enter a backbone (contract C1) and what the head class returns.
 
-A latent is a position whose embedding is replaced by a vector. `latent_mask` says where, `latent_embeds` says what, and the
-ids keep the record: such a position carries `config.latent_token_id` (or `config.latent_patch_token_id` for an inserted
-image embedding). One forward serves decoding, teacher forcing, replay and diagnostics.
+A latent is a position whose embedding is replaced by a vector. `latent_mask` says where, `latent_embeds` says what,
+and the ids keep the record: such a position carries `config.latent_token_id` (or `config.latent_patch_token_id` for an
+inserted image embedding). One forward serves decoding, teacher forcing, replay and diagnostics.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ class LatentCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of a latent head class.
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch, kept, hidden)`): final-norm hidden states at the positions kept by
+        last_hidden_state (`torch.Tensor` of shape `(batch, kept, hidden)`): final-norm hidden states at the positions
+            kept by
             `logits_to_keep`: the vectors that the LM head read.
-        latent_states (`torch.Tensor` of shape `(batch, kept, hidden)`): the vectors that would be fed next if the following
-            position were a slot: `last_hidden_state` through the latent head, if the model has one.
+        latent_states (`torch.Tensor` of shape `(batch, kept, hidden)`): the vectors that would be fed next if the
+            following position were a slot: `last_hidden_state` through the latent head, if the model has one.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -62,8 +63,8 @@ def replace_latents(
     """
     if latent_embeds.shape != inputs_embeds.shape or latent_mask.shape != inputs_embeds.shape[:2]:
         raise ValueError(
-            f"latent_embeds {tuple(latent_embeds.shape)} and latent_mask {tuple(latent_mask.shape)} must match the input "
-            f"embeddings {tuple(inputs_embeds.shape)} (batch, length, hidden); pad or slice them as input_ids"
+            f"latent_embeds {tuple(latent_embeds.shape)} and latent_mask {tuple(latent_mask.shape)} must match the "
+            f"input embeddings {tuple(inputs_embeds.shape)} (batch, length, hidden); pad or slice them as input_ids"
         )
     return torch.where(latent_mask.unsqueeze(-1), latent_embeds.to(inputs_embeds), inputs_embeds)
 
@@ -84,8 +85,8 @@ class LatentInputsMixin:
             input_ids: `(batch, length)` or `None`.
             inputs_embeds: `(batch, length, hidden)` or `None`.
             latent_embeds: `(batch, length, hidden)` or `None`.
-            latent_mask: `(batch, length)`; default: where `input_ids` carries a latent token id. An all-false mask feeds the
-                latent tokens by their own embedding.
+            latent_mask: `(batch, length)`; default: where `input_ids` carries a latent token id. An all-false mask
+                feeds the latent tokens by their own embedding.
 
         Returns:
             `(batch, length, hidden)`, or `inputs_embeds` untouched (possibly `None`) when the batch has no latent.
@@ -100,14 +101,16 @@ class LatentInputsMixin:
             if latent_mask is not None and bool(latent_mask.any()):
                 row, position = latent_mask.nonzero()[0].tolist()
                 raise ValueError(
-                    f"position {position} of row {row} is a latent (token id {token_ids[0]}) but no vector was given; pass "
-                    "latent_embeds (for a decoded sequence: `trace.latent_embeds`), or latent_mask of zeros to feed the "
-                    "token's own embedding"
+                    f"position {position} of row {row} is a latent (token id {token_ids[0]}) but no vector was given; "
+                    "pass latent_embeds (for a decoded sequence: `trace.latent_embeds`), or latent_mask of zeros to "
+                    "feed the token's own embedding"
                 )
             return inputs_embeds
         if latent_mask is None:
             if input_ids is None:
-                raise ValueError("latent_embeds without input_ids needs an explicit latent_mask of shape (batch, length)")
+                raise ValueError(
+                    "latent_embeds without input_ids needs an explicit latent_mask of shape (batch, length)"
+                )
             latent_mask = latent_positions(input_ids, token_ids)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -133,8 +136,8 @@ class LatentHeadMixin:
             num_items_in_batch: divisor of the summed loss; default the number of labelled rows.
 
         Returns:
-            `(loss, logits, kept hidden states)`. In train mode with labels `logits` is `None`: full-sequence logits are
-            never built there.
+            `(loss, logits, kept hidden states)`. In train mode with labels `logits` is `None`: full-sequence logits
+            are never built there.
         """
         loss = None
         if labels is not None:

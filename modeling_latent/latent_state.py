@@ -1,6 +1,7 @@
 """State of one `generate` call: which rows are inside a span, what was written, and the vectors to feed.
 
-Rows are independent. Everything is a tensor with one entry per row and position, so that a rejected candidate is simply
+Rows are independent. Everything is a tensor with one entry per row and position, so that a rejected candidate is
+simply
 overwritten (assisted decoding) and rows can be gathered (beam search). Steps are recorded un-gathered for the trace.
 """
 
@@ -121,7 +122,7 @@ class LatentState:
         return opened or bool((self.is_slot(last) | (self.pending[:, last] > 0)).any())
 
     def free_prefix(self, ids: torch.LongTensor) -> int:
-        """Number of leading candidate ids that may be proposed: up to a first start marker, none from a latent id on."""
+        """Number of leading candidate ids that may be proposed: up to a start marker, none from a latent id on."""
         for index, token in enumerate(ids.tolist()):
             if token in (self.config.latent_token_id, self.config.latent_patch_token_id):
                 return index
@@ -156,7 +157,10 @@ class LatentState:
                 if self._zeros is None or self._zeros.shape != (rows, 1, hidden):
                     self._zeros = torch.zeros(rows, 1, hidden, dtype=dtype, device=device)
                 return {"latent_embeds": self._zeros, "latent_mask": self.count[:, start : start + 1] > 0}
-            return {"latent_embeds": vector.to(dtype).unsqueeze(1), "latent_mask": self.count[:, start : start + 1] > 0}
+            return {
+                "latent_embeds": vector.to(dtype).unsqueeze(1),
+                "latent_mask": self.count[:, start : start + 1] > 0,
+            }
         embeds = torch.zeros(rows, new, hidden, dtype=dtype, device=device)
         mask = torch.zeros(rows, new, dtype=torch.bool, device=device)
         if self.prompt_latents is not None:
@@ -201,7 +205,7 @@ class LatentState:
     # --- the decision of one step ---
 
     def decide(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores of position `T = input_ids.shape[1]`: forced rows hold one id with score 0, text rows lose the latent ids."""
+        """Scores of position `T`: a forced row holds one id with score 0, a text row loses the latent ids."""
         if self.row_options is None:
             self._start(input_ids)
         position = input_ids.shape[1]
@@ -219,7 +223,7 @@ class LatentState:
         return self._force(self._suppress(scores), forced)
 
     def _begin(self, input_ids: torch.LongTensor, scores: torch.Tensor, position: int) -> tuple:
-        """The step as the rules see it, the answer ids pending in each row, and the ids forced on text rows (-1: free)."""
+        """The step as the rules see it, the answer ids pending per row, the ids forced on text rows (-1: free)."""
         values, last = self.row_options, position - 1
         said = torch.multinomial(scores.softmax(-1), 1)[:, 0] if self.sample else scores.argmax(-1)
         starts = (input_ids[:, -1] == self.config.latent_start_token_id) & (self.count[:, last] == 0)
@@ -232,10 +236,18 @@ class LatentState:
             forced = answers[pending]
         said = torch.where(forced >= 0, forced, said)
         step = LatentStep(
-            input_ids=input_ids, prompt_length=self.prompt_length, is_open=starts | (self.count[:, last] > 0),
-            count=self.count[:, last], span=self.span[:, last], said=said, recent=self._recent(input_ids), scores=scores,
-            latent=self._states[:, position - self.length - 1].to(scores.device), options=values, config=self.config,
-        )  # fmt: skip
+            input_ids=input_ids,
+            prompt_length=self.prompt_length,
+            is_open=starts | (self.count[:, last] > 0),
+            count=self.count[:, last],
+            span=self.span[:, last],
+            said=said,
+            recent=self._recent(input_ids),
+            scores=scores,
+            latent=self._states[:, position - self.length - 1].to(scores.device),
+            options=values,
+            config=self.config,
+        )
         return step, pending, forced
 
     def _recent(self, input_ids: torch.LongTensor) -> torch.LongTensor:
@@ -280,7 +292,9 @@ class LatentState:
             eligible = step.is_slot if values.latent_noise_first else step.is_open & (step.count > 0)
             if bool(eligible.any()):
                 noise = torch.randn_like(vector)
-                scale = values.latent_noise * vector.norm(dim=-1, keepdim=True) / (noise.norm(dim=-1, keepdim=True) + 1e-8)
+                scale = (
+                    values.latent_noise * vector.norm(dim=-1, keepdim=True) / (noise.norm(dim=-1, keepdim=True) + 1e-8)
+                )
                 vector = torch.where(eligible.unsqueeze(-1), vector + scale * noise, vector)
         if not bool(step.is_slot.any()):
             return None
@@ -289,7 +303,9 @@ class LatentState:
             edited = values.latent_hook(step)
             if edited is not None:
                 if edited.shape != vector.shape:
-                    raise ValueError(f"latent_hook must return {tuple(vector.shape)} or None, got {tuple(edited.shape)}")
+                    raise ValueError(
+                        f"latent_hook must return {tuple(vector.shape)} or None, got {tuple(edited.shape)}"
+                    )
                 vector = torch.where(step.is_slot.unsqueeze(-1), edited.to(vector), vector)
         return vector
 
@@ -331,7 +347,9 @@ class LatentState:
         device = sequences.device
         parents = self._parents(output, rows, length)
         hidden = config.get_text_config().hidden_size
-        packed: dict[str, list] = {name: [] for name in ("index", "inputs", "outputs", "known", "said", "ids", "probs")}
+        packed: dict[str, list] = {
+            name: [] for name in ("index", "inputs", "outputs", "known", "said", "ids", "probs")
+        }
         reasons: dict[tuple[int, int], str] = {}
         for position in sorted(self.records):
             if position >= length:
@@ -346,7 +364,12 @@ class LatentState:
                 self._pack(packed, record, position, slots, parent, parents, hidden)
         trace = self._assemble(packed, sequences, hidden, device)
         trace.spans = find_spans(
-            sequences, trace.latent_mask, self.prompt_length, config.latent_start_token_id, config.latent_end_token_id, reasons
+            sequences,
+            trace.latent_mask,
+            self.prompt_length,
+            config.latent_start_token_id,
+            config.latent_end_token_id,
+            reasons,
         )
         return trace
 
@@ -358,7 +381,9 @@ class LatentState:
             return torch.nn.functional.pad(beams.long(), (0, max(0, new - beams.shape[1])), value=-1)
         return torch.arange(rows, device=output.sequences.device).unsqueeze(1).expand(rows, new)
 
-    def _pack(self, packed: dict, record: _Record, position: int, slots: Any, parent: Any, parents: Any, hidden: int) -> None:
+    def _pack(
+        self, packed: dict, record: _Record, position: int, slots: Any, parent: Any, parents: Any, hidden: int
+    ) -> None:
         source = parent[slots]
         packed["index"].append(torch.stack([slots, torch.full_like(slots, position)], dim=1))
         packed["inputs"].append(record.vector[source])
@@ -386,7 +411,9 @@ class LatentState:
         if positions is not None and positions.shape[1] != sequences.shape[0]:
             positions = None  # beams: the running rows are not the returned ones
         values = {k: v for k, v in vars(self.options.values).items() if k != "latent_hook"}
-        token_ids = {f"latent_{role}token_id": getattr(self.config, f"latent_{role}token_id") for role in ("", "start_", "end_")}
+        token_ids = {
+            f"latent_{role}token_id": getattr(self.config, f"latent_{role}token_id") for role in ("", "start_", "end_")
+        }
         mask = self.attention_mask
         if mask is not None:
             prompts = mask[:: mask.shape[0] // self.num_prompts]

@@ -222,10 +222,12 @@ class LatentStrategy:
         forced: rules after which `latent_answer_ids` are forced.
         writes_end: the close writes the end marker; otherwise the position after the last slot is ordinary text.
         opens_span: `False` for `off`: no span can open.
-        layout: for methods whose slots stand in the prompt: `(model, model_kwargs, options) -> model_kwargs` may extend
-            `input_ids`, `attention_mask` and `mm_token_type_ids` by slots and set `latent_embeds` (a search over latents runs
-            here too).
-        prefill: for slots that depend on each other: `(model, stock_prefill, input_ids, generation_config, model_kwargs,
+        layout: for methods whose slots stand in the prompt: `(model, model_kwargs, options) -> model_kwargs` may
+            extend
+            `input_ids`, `attention_mask` and `mm_token_type_ids` by slots and set `latent_embeds` (a search over
+            latents runs here too).
+        prefill: for slots that depend on each other: `(model, stock_prefill, input_ids, generation_config,
+            model_kwargs,
             options) -> outputs` runs the prompt in segments over one cache; `stock_prefill` is the stock function.
     """
 
@@ -256,9 +258,13 @@ def register_latent_strategy(strategy: LatentStrategy) -> LatentStrategy:
     Raises:
         ValueError: an unknown stop rule or option, or a taken name.
     """
-    unknown = [r for r in strategy.stops if r not in STOP_RULES] + [o for o in strategy.options if o not in LATENT_OPTIONS]
+    unknown = [r for r in strategy.stops if r not in STOP_RULES] + [
+        o for o in strategy.options if o not in LATENT_OPTIONS
+    ]
     if unknown:
-        raise ValueError(f"latent strategy {strategy.name!r} names unknown rules or options {unknown}; register them first")
+        raise ValueError(
+            f"latent strategy {strategy.name!r} names unknown rules or options {unknown}; register them first"
+        )
     if LATENT_STRATEGIES.get(strategy.name, strategy) != strategy:
         raise ValueError(f"latent strategy {strategy.name!r} is already registered; choose another name")
     LATENT_STRATEGIES[strategy.name] = strategy
@@ -304,7 +310,8 @@ register_latent_strategy(
 
 @dataclass
 class LatentOptions:
-    """Options of one `generate` call, resolved: argument, then generation config, then the model's method, then default.
+    """Options of one `generate` call, resolved: argument, then generation config, then the model's method, then
+    default.
 
     Args:
         strategy: the strategy.
@@ -328,7 +335,9 @@ class LatentOptions:
                 continue
             entries = value if isinstance(value, list) else [value] * num_prompts
             if len(entries) != num_prompts:
-                raise ValueError(f"{name} has {len(entries)} entries for {num_prompts} prompts; give one, or one per prompt")
+                raise ValueError(
+                    f"{name} has {len(entries)} entries for {num_prompts} prompts; give one, or one per prompt"
+                )
             values[name] = torch.tensor(entries, device=device).repeat_interleave(num_rows // num_prompts)
         return SimpleNamespace(**values)
 
@@ -352,7 +361,9 @@ def resolve_latent_options(name: str, given: dict[str, Any], defaults: list[dict
     values = {}
     for option in LATENT_OPTIONS.values():
         sources = [given, *defaults] if strategy.accepts(option.name) else []
-        value = next((source[option.name] for source in sources if source.get(option.name) is not None), option.default)
+        value = next(
+            (source[option.name] for source in sources if source.get(option.name) is not None), option.default
+        )
         values[option.name] = option.check(option.name, value)
     for option in strategy.required:
         if values[option] is None:

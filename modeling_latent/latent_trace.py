@@ -39,7 +39,8 @@ class LatentSpan:
 
 @dataclass
 class LatentTrace:
-    """Slots of a batch. `B` rows, `T` positions (prompt with its padding, then the generated part), `N` slots, `H` hidden size.
+    """Slots of a batch. `B` rows, `T` positions (prompt with its padding, then the generated part), `N` slots, `H`
+    hidden size.
 
     Args:
         sequences: `(B, T)` ids as returned by `generate`.
@@ -95,7 +96,7 @@ class LatentTrace:
         return self.dense("slot_inputs")
 
     def dense(self, name: str) -> torch.Tensor:
-        """Scatter a per-slot tensor (`slot_inputs`, `topk_ids`, an entry of `extras`, ...) to `(B, T, ...)`, zero elsewhere."""
+        """Scatter a per-slot tensor (`slot_inputs`, `topk_ids`, an extra, ...) to `(B, T, ...)`, zero elsewhere."""
         packed = self.extras[name] if name in self.extras else getattr(self, name)
         out = packed.new_zeros((*self.sequences.shape, *packed.shape[1:]))
         out[self.slot_index[:, 0], self.slot_index[:, 1]] = packed
@@ -152,7 +153,9 @@ class LatentTrace:
 
     def to(self, device: torch.device | str) -> "LatentTrace":
         """Trace with all tensors on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
+        moved = {
+            f.name: getattr(self, f.name).to(device) for f in fields(self) if torch.is_tensor(getattr(self, f.name))
+        }
         return replace(self, **moved, extras={name: value.to(device) for name, value in self.extras.items()})
 
     def save(self, path: str | Path) -> None:
@@ -165,7 +168,9 @@ class LatentTrace:
             "spans": json.dumps([vars(span) for span in self.spans]),
             "info": json.dumps(self.info),
         }
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, str(path), metadata=meta)
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, str(path), metadata=meta
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentTrace":
@@ -177,9 +182,13 @@ class LatentTrace:
         with safe_open(str(path), "pt") as file:
             meta = file.metadata() or {}
             if meta.get("format") != _FORMAT:
-                raise ValueError(f"{path} is not a latent trace (format {meta.get('format')!r}); write it with LatentTrace.save")
+                raise ValueError(
+                    f"{path} is not a latent trace (format {meta.get('format')!r}); write it with LatentTrace.save"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        extras = {name.removeprefix("extras."): tensors.pop(name) for name in list(tensors) if name.startswith("extras.")}
+        extras = {
+            name.removeprefix("extras."): tensors.pop(name) for name in list(tensors) if name.startswith("extras.")
+        }
         return cls(
             **tensors,
             prompt_length=int(meta["prompt_length"]),

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL that reasons in latents: the stock classes, latents in the backbone's forward, latent decoding in `generate`."""
+"""Qwen2.5-VL that reasons in latents: stock classes, latents in the backbone's forward, latent decoding."""
 
 from typing import Any
 
@@ -142,7 +142,8 @@ class LatentQwen2_5_VLForConditionalGeneration(
         return output if use_dict else output.to_tuple()
 
 
-# Stock checkpoints name their tensors `visual.*` and `model.layers.*`; the renaming of the stock classes is looked up by class
+# Stock checkpoints name their tensors `visual.*` and `model.layers.*`; the renaming of the stock classes is looked up
+# by class
 # name and skips custom classes, so it is registered for ours. A family without a mapping needs none.
 for _name in ("Qwen2_5_VLModel", "Qwen2_5_VLForConditionalGeneration"):
     _mapping = get_checkpoint_conversion_mapping(_name)

@@ -10,13 +10,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 
 from tests.hub import ROOT, run_python

@@ -12,11 +12,11 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import tomllib
 
 from tests.hub import ROOT
 

@@ -22,15 +22,16 @@ class LatentSFTCollator:
 
     Args:
         processor: tokenizer, image processor and latent tokens.
-        latent_form: `"chain"` writes the concepts between the markers, `"slots"` writes slots, `"none"` leaves spans out (the
-            same data without latents, for a baseline).
+        latent_form: `"chain"` writes the concepts between the markers, `"slots"` writes slots, `"none"` leaves spans
+            out (the same data without latents, for a baseline).
         num_slots: slots per span for `"slots"`; default: as many as the record has.
         pad_to_multiple_of: length of a batch is rounded up to a multiple of this.
 
     Returns (call):
-        `input_ids`, `attention_mask`, `labels`, `mm_token_type_ids` `(batch, length)` padded on the right, `pixel_values`
-        and `image_grid_thw` when there are images, and for `"slots"` an all-false `latent_mask`: there the slots are fed by
-        their own embedding.
+        `input_ids`, `attention_mask`, `labels`, `mm_token_type_ids` `(batch, length)` padded on the right,
+        `pixel_values`
+        and `image_grid_thw` when there are images, and for `"slots"` an all-false `latent_mask`: there the slots are
+        fed by their own embedding.
 
     Raises:
         RecordError: names file and row, e.g. a missing chain or an unreadable image.
@@ -82,7 +83,9 @@ class LatentSFTCollator:
             with Image.open(image) as file:
                 return file.convert("RGB")
         except (OSError, ValueError) as error:
-            raise RecordError(source, row, f"image {image!r} cannot be read ({error}); fix the path or the file") from error
+            raise RecordError(
+                source, row, f"image {image!r} cannot be read ({error}); fix the path or the file"
+            ) from error
 
 
 def _without_spans(record: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Configurations of the trainers: one field per option, readable from YAML and from the command line (`trl.TrlParser`)."""
+"""Configurations of the trainers: one field per option, for YAML and the command line (`trl.TrlParser`)."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,8 @@ from .losses.dwal import DwalOptions
 class LatentSFTConfig(SFTConfig):
     """Options of [`LatentSFTTrainer`], on top of `trl.SFTConfig`.
 
-    The `dwal_*` options are those of the LASER paper (arXiv 2601.06803); their defaults are the values of its published
-    training script, which agree with the paper.
+    The `dwal_*` options are those of the LASER paper (arXiv 2601.06803); their defaults are the values of its
+    published training script, which agree with the paper.
     """
 
     latent_method: str | None = field(
@@ -75,8 +75,8 @@ class LatentSFTConfig(SFTConfig):
             raise ValueError(f"latent_loss_weight={self.latent_loss_weight} must be 0 or more")
         if self.max_length is not None:
             raise ValueError(
-                f"max_length={self.max_length} would cut image tokens or a span; leave it out and bound max_pixels of the "
-                "processor instead"
+                f"max_length={self.max_length} would cut image tokens or a span; leave it out and bound max_pixels of "
+                "the processor instead"
             )
         if self.packing or self.padding_free:
             raise ValueError("packing and padding_free do not work with images; set them to false")

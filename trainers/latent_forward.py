@@ -1,9 +1,10 @@
 """The one file that touches TRL's fused LM head: an extra loss inside the wrapped forward, on supervised rows only.
 
-TRL replaces `model.forward` on the instance and, in training, calls the backbone and multiplies its hidden states with the
+TRL replaces `model.forward` on the instance and, in training, calls the backbone and multiplies its hidden states
+with the
 LM head in chunks. [`add_latent_loss`] wraps that forward once more. During the call a hook on the backbone hands the
-supervised hidden states on (only those meet the LM head, on every device) and keeps all of them for the latent loss, which
-is computed inside the same forward, so that DDP, ZeRO and FSDP see every parameter where they expect it.
+supervised hidden states on (only those meet the LM head, on every device) and keeps all of them for the latent loss,
+which is computed inside the same forward, so that DDP, ZeRO and FSDP see every parameter where they expect it.
 """
 
 import functools
@@ -99,7 +100,9 @@ def add_latent_loss(model: PreTrainedModel, objective: LatentObjective) -> None:
         raise RuntimeError("model.forward was not wrapped by TRL's add_fused_lm_head; build the trainer first")
 
     @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any
+    ) -> Any:
         if not fused_lm_head:
             return fused_forward(*args, **({} if labels is None else {"labels": labels}), **kwargs)
         kept: dict[str, torch.Tensor] = {}
@@ -132,7 +135,7 @@ def gathered_lm_head(model: PreTrainedModel) -> Iterator[tuple[torch.Tensor, tor
 
 
 def _supervised_labels(targets: torch.LongTensor) -> torch.LongTensor:
-    """Labels of the supervised rows, `(1, N)`; one ignored row when there is none, so that the graph stays connected."""
+    """Labels of the supervised rows, `(1, N)`; one ignored row when there is none keeps the graph connected."""
     rows = targets[targets != -100]
     return (rows if rows.numel() else targets.new_full((1,), -100)).unsqueeze(0)
 

@@ -1,7 +1,7 @@
 """Objectives: what a method trains in the wrapped forward, chosen by `LatentSFTConfig.latent_method`.
 
-An objective binds a loss of `trainers/losses/` to the options of the config and to the token ids of the model. A new method
-registers its own with [`register_objective`]; the trainer is not edited.
+An objective binds a loss of `trainers/losses/` to the options of the config and to the token ids of the model. A new
+method registers its own with [`register_objective`]; the trainer is not edited.
 """
 
 from collections.abc import Callable
@@ -50,8 +50,8 @@ def build_objective(args: LatentSFTConfig, config: PreTrainedConfig) -> LatentOb
 class LaserObjective:
     """LASER: cross entropy outside the chain, DWAL on it (arXiv 2601.06803).
 
-    With `latent_form="slots"` there is no chain: the slots are fed by their own embedding, carry no label, and only the
-    cross entropy is trained.
+    With `latent_form="slots"` there is no chain: the slots are fed by their own embedding, carry no label, and only
+    the cross entropy is trained.
     """
 
     sum_names = ("confused_ratio", "last_concept_ratio")

@@ -15,11 +15,12 @@ from .objectives import build_objective
 class LatentSFTTrainer(SFTTrainer):
     """Supervised training of latent reasoning, for every method that has an objective (`trainers/objectives.py`).
 
-    Total loss = cross entropy + `latent_loss_weight` * latent loss, both means over the micro-batch, as in the published
+    Total loss = cross entropy + `latent_loss_weight` * latent loss, both means over the micro-batch, as in the
+    published
     LASER code. Only supervised positions meet the LM head. PEFT, DDP, ZeRO and gradient accumulation work as in TRL.
 
-    Logged: `loss_total`, `loss_ce`, `loss_latent` (means over the micro-batches since the last log, over all ranks) and the
-    objective's ratios (sums of numerators over sums of denominators), each with prefix `eval_` in evaluation.
+    Logged: `loss_total`, `loss_ce`, `loss_latent` (means over the micro-batches since the last log, over all ranks)
+    and the objective's ratios (sums of numerators over sums of denominators), each with prefix `eval_` in evaluation.
 
     Args:
         model: a latent model, a folder or a Hub id of one.
@@ -116,8 +117,8 @@ def _check_columns(name: str, dataset: Any, latent_form: str) -> None:
     missing = [column for column in needed if column not in columns]
     if missing and "messages" not in columns or ("chain" in missing and latent_form == "chain"):
         raise ValueError(
-            f"{name} has the columns {sorted(columns)} but lacks {missing} (latent_form={latent_form!r}); make it with a "
-            "reader of trainers.data (read_source, maze_dataset) or add the columns"
+            f"{name} has the columns {sorted(columns)} but lacks {missing} (latent_form={latent_form!r}); make "
+            "it with a reader of trainers.data (read_source, maze_dataset) or add the columns"
         )
 
 
