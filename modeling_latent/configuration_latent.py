@@ -168,8 +168,8 @@ class LatentConfigMixin(PreTrainedConfig):
         if missing:
             raise ValueError(
                 f"the model {self._name_or_path or type(self).__name__!r} has no latent tokens ({', '.join(missing)} "
-                "is None in config.json); make a latent model with `convert_stock_checkpoint(folder, method=...)` or "
-                "latent_strategy='off'"
+                "is None in config.json); make a latent model with `convert_stock_checkpoint(folder, method=...)` "
+                "or pass latent_strategy='off'"
             )
 
 
