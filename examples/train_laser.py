@@ -7,6 +7,7 @@ Every option of `LatentSFTConfig` and of the script arguments below is a YAML ke
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -19,7 +20,7 @@ from trainers.data.llava import read_source
 from trainers.data.mazes import maze_dataset, maze_stream
 from trainers.data.records import RecordReport, record_features, record_to_row
 
-TINY_BASE = "hub_configs/maze-tiny/base"
+TINY_BASE = str(Path(__file__).resolve().parents[1] / "hub_configs" / "maze-tiny" / "base")
 
 
 @dataclass
