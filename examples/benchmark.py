@@ -2,7 +2,7 @@
 
     python examples/benchmark.py laser --repeats 7 --json runs/benchmark.json
 
-Random models built in code; nothing is downloaded. A ratio is taken pair by pair, so a slow moment of the machine hits both.
+Random models built in code; nothing is downloaded. A ratio is taken pair by pair, so a slow moment hits both.
 """
 
 import argparse
