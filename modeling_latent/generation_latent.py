@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 from transformers.utils import logging
 
 from .latent_state import LatentState
@@ -64,27 +64,38 @@ class LatentLogitsProcessor(LogitsProcessor):
         return self.state.decide(input_ids, scores)
 
 
-class LatentStoppingCriteriaList(StoppingCriteriaList):
-    """Stock criteria, except that an id written by a slot stops nothing.
+class LatentBanProcessor(LogitsProcessor):
+    """Put first: removes the ids that text may not write before top-k, top-p and their like choose what to keep."""
 
-    With `latent_ids="readable"` a slot may write an end-of-turn id; with `latent_budget="reference"` an open span
-    overrides the length limit as well (published LASER loop).
+    def __init__(self, state: LatentState) -> None:
+        self.state = state
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return self.state.suppress(scores)
+
+
+class LatentStoppingCriteriaList(StoppingCriteriaList):
+    """Stock criteria that tell the state which rows ended; an id written by a slot need not stop a row.
+
+    With `latent_ids="readable"` a slot may write an end-of-turn id, so criteria that read ids are deaf to slots. With
+    `latent_budget="reference"` an open span overrides every criterion (published LASER loop).
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, state: LatentState, overrun: bool) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, state: LatentState) -> None:
         super().__init__(criteria)
         self.state = state
-        self.overrun = overrun
+        values = state.options.values
+        self.overrun, self.readable = values.latent_budget == "reference", values.latent_ids == "readable"
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        stopped = super().__call__(input_ids, scores, **kwargs)
-        allowed = stopped & ~self.state.is_slot(input_ids.shape[1] - 1)
-        if self.overrun:
-            return allowed
+        slots = self.state.is_slot(input_ids.shape[1] - 1)
+        stopped = torch.zeros_like(slots)
         for criterion in self:
-            if isinstance(criterion, MaxLengthCriteria):
-                allowed = allowed | criterion(input_ids, scores, **kwargs)
-        return allowed
+            reads_ids = not isinstance(criterion, (MaxLengthCriteria, MaxTimeCriteria))
+            stops = torch.as_tensor(criterion(input_ids, scores, **kwargs), device=slots.device).expand_as(slots)
+            stopped = stopped | (stops & ~slots if self.overrun or (self.readable and reads_ids) else stops)
+        self.state.finish(stopped)
+        return stopped
 
 
 class LatentCandidateGenerator(CandidateGenerator):
@@ -107,6 +118,7 @@ class LatentCandidateGenerator(CandidateGenerator):
         return self.inner.requires_model_outputs
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple:
+        self.state.forget(input_ids.shape[1])
         if self.state.is_forced(input_ids):
             return input_ids, None
         candidates, logits = self.inner.get_candidates(self.state.readable(input_ids), **kwargs)
@@ -253,23 +265,23 @@ class LatentGenerationMixin(GenerationMixin):
         state = _state()
         if state is not None:
             state.prompt_length = kwargs["input_ids_seq_length"]
+            processors.insert(0, LatentBanProcessor(state))
             processors.append(LatentLogitsProcessor(state))
         return processors
 
-    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        criteria, state = super()._get_stopping_criteria(*args, **kwargs), _state()
-        if state is None:
-            return criteria
-        values = state.options.values
-        overrun = values.latent_budget == "reference"
-        if values.latent_ids == "readable" or overrun:
-            return LatentStoppingCriteriaList(criteria, state, overrun)
-        return criteria
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        criteria, state = super()._get_stopping_criteria(generation_config, *args, **kwargs), _state()
+        if state is None or not state.strategy.opens_span or (generation_config.num_beams or 1) > 1:
+            return criteria  # beams: the criteria see candidates, not the running rows
+        return LatentStoppingCriteriaList(criteria, state)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
-        inner, state = super()._get_candidate_generator(*args, **kwargs), _state()
+        state = _state()
         if state is None:
-            return inner
+            return super()._get_candidate_generator(*args, **kwargs)
+        ours = (LatentBanProcessor, LatentLogitsProcessor)  # they decide on the logits of this model only, not on drafts
+        processors = [processor for processor in kwargs["logits_processor"] if not isinstance(processor, ours)]
+        inner = super()._get_candidate_generator(*args, **{**kwargs, "logits_processor": LogitsProcessorList(processors)})
         assistant_config = getattr(inner, "generation_config", None)
         if assistant_config is not None:
             assistant_config.latent_strategy = "off"

@@ -68,6 +68,7 @@ class LatentState:
         self.vectors: dict[int, torch.Tensor] = {}
         self.records: dict[int, _Record] = {}
         self.outputs: dict[int, torch.Tensor] = {}
+        self.finished: torch.BoolTensor | None = None  # rows that a stopping rule ended
         self._states = self._hidden = self._logits = self._zeros = None
 
     # --- views by position ---
@@ -196,11 +197,21 @@ class LatentState:
                 if position in self.records:
                     self.outputs[position] = self._hidden[:, position - self.length]
 
+    def finish(self, stopped: torch.BoolTensor) -> None:
+        """Rows `(R,)` that a stopping rule ended now; they open no span any more."""
+        self.finished = stopped if self.finished is None else self.finished | stopped
+
     def reorder(self, beam_idx: torch.LongTensor) -> None:
         """Gather rows after a beam step; records stay as they were and are gathered with the final beam indices."""
         for name in ("count", "said", "pending", "span"):
             setattr(self, name, getattr(self, name).index_select(0, beam_idx))
         self.vectors = {position: vector.index_select(0, beam_idx) for position, vector in self.vectors.items()}
+
+    def forget(self, length: int) -> None:
+        """Drop what was decided from position `length` on: drafts of assisted decoding that were rejected."""
+        for name in ("vectors", "records", "outputs"):
+            kept = {position: value for position, value in getattr(self, name).items() if position < length}
+            setattr(self, name, kept)
 
     # --- the decision of one step ---
 
@@ -210,8 +221,9 @@ class LatentState:
             self._start(input_ids)
         position = input_ids.shape[1]
         self._ensure(position + 1)
+        scores = self.suppress(scores)
         if not self.strategy.opens_span:
-            return self._suppress(scores)
+            return scores
         step, pending, forced = self._begin(input_ids, scores, position)
         reason = self._close_reason(step)
         closing = reason > 0
@@ -220,13 +232,18 @@ class LatentState:
         forced = torch.where(step.is_slot, step.said if self.readable_ids else self.config.latent_token_id, forced)
         if self.strategy.writes_end or self.options.values.force_end:
             forced = torch.where(closing, self.config.latent_end_token_id, forced)
-        return self._force(self._suppress(scores), forced)
+        elif self.sample:  # one draw decides both: whether the span closes and what is written then
+            forced = torch.where(closing, step.said, forced)
+        return self._force(scores, forced)
 
     def _begin(self, input_ids: torch.LongTensor, scores: torch.Tensor, position: int) -> tuple:
         """The step as the rules see it, the answer ids pending per row, the ids forced on text rows (-1: free)."""
         values, last = self.row_options, position - 1
         said = torch.multinomial(scores.softmax(-1), 1)[:, 0] if self.sample else scores.argmax(-1)
         starts = (input_ids[:, -1] == self.config.latent_start_token_id) & (self.count[:, last] == 0)
+        is_open = starts | (self.count[:, last] > 0)
+        if self.finished is not None:
+            is_open = is_open & ~self.finished
         pending = self.pending[:, last]
         forced = torch.full_like(said, -1)
         if position == self.prompt_length and values.force_span:
@@ -238,7 +255,7 @@ class LatentState:
         step = LatentStep(
             input_ids=input_ids,
             prompt_length=self.prompt_length,
-            is_open=starts | (self.count[:, last] > 0),
+            is_open=is_open,
             count=self.count[:, last],
             span=self.span[:, last],
             said=said,
@@ -320,8 +337,8 @@ class LatentState:
             probs, ids = raw.softmax(-1).topk(min(topk, raw.shape[-1]), dim=-1)
         self.records[position] = _Record(step.is_slot, reason, step.said, vector, ids, probs)
 
-    def _suppress(self, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Text rows never write an id that would be read as a latent; with `off` no span opens either."""
+    def suppress(self, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Text rows never write, and slots never say, an id that would be read as a latent; with `off` no span opens."""
         if self.readable_ids:
             return scores
         banned = [self.config.latent_token_id, self.config.latent_patch_token_id]

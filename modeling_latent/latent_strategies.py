@@ -288,7 +288,7 @@ register_latent_strategy(LatentStrategy(name="off", opens_span=False))
 register_latent_strategy(
     LatentStrategy(
         name="fixed",
-        stops=("num_latent_steps", "repetition"),
+        stops=("repetition", "num_latent_steps"),
         options=("num_latent_steps", "force_span", "force_end", "latent_answer_ids", "repetition_exit"),
         aliases=("steps",),
         required=("num_latent_steps",),

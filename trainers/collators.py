@@ -1,5 +1,6 @@
 """From records to model inputs: text with spans, pixels, labels (card 2.3 and 2.4 of the LASER method page)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,41 @@ from modeling_latent import LatentProcessor
 
 from .data.llava import check_conversation
 from .data.llava_text import encode_conversation, expand_latent_placeholders, pad_batch, render_turns
-from .data.records import RecordError, record_from_row, record_origin
+from .data.records import IMAGE_ERRORS, RECORD_FIELDS, RecordError, record_from_row, record_origin
+
+LATENT_FORMS = ("chain", "slots", "none")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_layout(latent_form: str, num_slots: int | None, pad_to_multiple_of: int | None) -> None:
+    """Check the options that config and collator share.
+
+    Raises:
+        ValueError: names the option, its value and the remedy.
+    """
+    if latent_form not in LATENT_FORMS:
+        raise ValueError(f"latent_form={latent_form!r} is unknown; choose 'chain', 'slots' or 'none'")
+    if num_slots is not None and not (latent_form == "slots" and _is_count(num_slots)):
+        raise ValueError(
+            f"num_slots={num_slots!r} with latent_form={latent_form!r}: give an integer of at least 1 and "
+            "latent_form='slots', or leave it out"
+        )
+    if pad_to_multiple_of is not None and not _is_count(pad_to_multiple_of):
+        raise ValueError(
+            f"pad_to_multiple_of={pad_to_multiple_of!r} must be an integer of at least 1, or None for no padding "
+            "beyond the longest sequence"
+        )
 
 
 @dataclass
 class LatentSFTCollator:
     """Collates records (see `trainers/data/records.py`) for supervised training.
 
-    A record needs `images`, `question` and `answer`, or `messages`; with `latent_form="chain"` also `chain`.
+    A record needs `images`, and `question` and `answer`, or `messages`; with `latent_form="chain"` also `chain`. It is
+    a record or a row of a table; the other columns may be left out.
 
     Args:
         processor: tokenizer, image processor and latent tokens.
@@ -29,11 +57,11 @@ class LatentSFTCollator:
 
     Returns (call):
         `input_ids`, `attention_mask`, `labels`, `mm_token_type_ids` `(batch, length)` padded on the right,
-        `pixel_values`
-        and `image_grid_thw` when there are images, and for `"slots"` an all-false `latent_mask`: there the slots are
-        fed by their own embedding.
+        `pixel_values` and `image_grid_thw` when there are images, and for `"slots"` an all-false `latent_mask`: there
+        the slots are fed by their own embedding.
 
     Raises:
+        ValueError: an option out of its range, or a row with a column that the schema does not have.
         RecordError: names file and row, e.g. a missing chain or an unreadable image.
     """
 
@@ -42,16 +70,19 @@ class LatentSFTCollator:
     num_slots: int | None = None
     pad_to_multiple_of: int | None = 8
 
+    def __post_init__(self) -> None:
+        check_layout(self.latent_form, self.num_slots, self.pad_to_multiple_of)
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        records = [record_from_row(row) for row in rows]
+        records = [record_from_row(_completed(row)) for row in rows]
         if self.latent_form == "none":
-            records = [_without_spans(record) for record in records]
-        images = [self._open(image, record) for record in records for image in record["images"]]
-        features = dict(self.processor.image_processor(images=images, return_tensors="pt")) if images else {}
+            records = [self._without_spans(record) for record in records]
+        images = [self._open(image, record) for record in records for image in record["images"] or []]
+        features = self._pixels(images, records)
         merge = self.processor.image_processor.merge_size**2 if images else 1
         counts = iter((features["image_grid_thw"].prod(dim=-1) // merge).tolist() if images else [])
         tokenizer = self.processor.tokenizer
-        examples = [self._encode(record, [next(counts) for _ in record["images"]]) for record in records]
+        examples = [self._encode(record, [next(counts) for _ in record["images"] or []]) for record in records]
         batch = pad_batch(examples, tokenizer.pad_token_id, self.pad_to_multiple_of or 1)
         batch["mm_token_type_ids"] = (batch["input_ids"] == self.processor.image_token_id).int()
         if self.latent_form == "slots":
@@ -74,22 +105,51 @@ class LatentSFTCollator:
         except ValueError as error:
             raise RecordError(source, row, str(error)) from error
 
+    def _pixels(self, images: list[Image.Image], records: list[Any]) -> dict[str, torch.Tensor]:
+        """Output of the image processor for all images of the batch; nothing for a batch of text."""
+        if not images:
+            return {}
+        try:
+            return dict(self.processor.image_processor(images=images, return_tensors="pt"))
+        except ValueError:
+            owners = [record for record in records for _ in record["images"] or []]
+            for image, record in zip(images, owners, strict=True):
+                try:
+                    self.processor.image_processor(images=[image], return_tensors="pt")
+                except ValueError as error:
+                    reason = f"an image of {image.width}x{image.height} pixels cannot be processed ({error}); drop it"
+                    raise RecordError(*record_origin(record), reason) from error
+            raise
+
     @staticmethod
     def _open(image: Any, record: Any) -> Image.Image:
         if isinstance(image, Image.Image):
             return image.convert("RGB")
-        source, row = record_origin(record)
         try:
             with Image.open(image) as file:
                 return file.convert("RGB")
-        except (OSError, ValueError) as error:
-            raise RecordError(
-                source, row, f"image {image!r} cannot be read ({error}); fix the path or the file"
-            ) from error
+        except IMAGE_ERRORS as error:
+            reason = f"image {str(image)!r} cannot be read ({error}); fix the path or the file"
+            raise RecordError(*record_origin(record), reason) from error
+
+    def _without_spans(self, record: Any) -> Any:
+        """The record with responses that hold neither placeholders nor written-out spans."""
+        messages = record["messages"]
+        if messages is not None:
+            start, end = (re.escape(self.processor.latent_tokens[role]) for role in ("start", "end"))
+            span = re.compile(f"{start}.*?{end}", re.DOTALL)
+            messages = [
+                {**turn, "content": expand_latent_placeholders(span.sub("", turn["content"]), "", "", "")}
+                if turn["role"] == "assistant"
+                else turn
+                for turn in messages
+            ]
+        return {**record, "chain": None, "messages": messages}
 
 
-def _without_spans(record: Any) -> Any:
-    messages = record["messages"]
-    if messages is not None:
-        messages = [{**turn, "content": expand_latent_placeholders(turn["content"], "", "", "")} for turn in messages]
-    return {**record, "chain": None, "messages": messages}
+def _completed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with the columns that it lacks; a conversation needs no question and answer beside it."""
+    empty = dict.fromkeys(RECORD_FIELDS) | {"id": ""}
+    if row.get("messages") is not None:
+        empty.update(question="", answer="")
+    return {**empty, **row}

@@ -1,12 +1,27 @@
 """Configurations of the trainers: one field per option, for YAML and the command line (`trl.TrlParser`)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import SFTConfig
 
+from .collators import check_layout
 from .data.records import DEFAULT_MAX_BAD_SHARE
 from .losses.dwal import DwalOptions
+
+# Options of trl.SFTConfig that have no meaning here, and why.
+_REFUSED = {
+    "assistant_only_loss": "says what the collator does anyway: only responses carry labels",
+    "label_smoothing_factor": "needs the logits of all positions, which are never built",
+    "chat_template_path": "is not read: the collator writes the layout of the published data",
+    "shuffle_dataset": "is not read for data with images; shuffle the data set before, or rely on the sampler",
+}
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and low <= value <= high
 
 
 @dataclass
@@ -65,22 +80,40 @@ class LatentSFTConfig(SFTConfig):
     pad_to_multiple_of: int | None = field(default=8, metadata={"help": "Batches are padded to a multiple of this."})
 
     def __post_init__(self) -> None:
+        self._check_latent_fields()
+        self._check_refused()
         super().__post_init__()
         self.remove_unused_columns = False
-        if self.latent_form not in ("chain", "slots", "none"):
-            raise ValueError(f"latent_form={self.latent_form!r} is unknown; choose 'chain', 'slots' or 'none'")
-        if self.num_slots is not None and (self.num_slots < 1 or self.latent_form != "slots"):
-            raise ValueError(f"num_slots={self.num_slots} needs latent_form='slots' and at least 1")
-        if self.latent_loss_weight < 0:
-            raise ValueError(f"latent_loss_weight={self.latent_loss_weight} must be 0 or more")
+
+    def _check_latent_fields(self) -> None:
+        check_layout(self.latent_form, self.num_slots, self.pad_to_multiple_of)
+        if not _is_number(self.latent_loss_weight, 0, math.inf):
+            raise ValueError(f"latent_loss_weight={self.latent_loss_weight!r} must be a finite number, 0 or more")
+        if not _is_number(self.max_bad_share, 0, 1):
+            raise ValueError(
+                f"max_bad_share={self.max_bad_share!r} must be between 0 and 1; 0.01 allows one bad row in a hundred"
+            )
+        self.dwal_options()
+
+    def _check_refused(self) -> None:
+        """Options of `trl.SFTConfig` that would be ignored here, or train something else than the method."""
         if self.max_length is not None:
             raise ValueError(
                 f"max_length={self.max_length} would cut image tokens or a span; leave it out and bound max_pixels of "
                 "the processor instead"
             )
-        if self.packing or self.padding_free:
-            raise ValueError("packing and padding_free do not work with images; set them to false")
-        self.dwal_options()
+        for name in ("packing", "padding_free", "eval_packing"):
+            if getattr(self, name):
+                raise ValueError(f"{name}=True does not work with images and spans; set it to false")
+        for name, why in _REFUSED.items():
+            value = getattr(self, name)
+            if value:
+                raise ValueError(f"{name}={value!r} {why}; leave it out")
+        if self.completion_only_loss is False:
+            raise ValueError(
+                "completion_only_loss=False is not available: only responses carry labels, as in the published data; "
+                "leave it out"
+            )
 
     def dwal_options(self) -> DwalOptions:
         """The `dwal_*` fields as options of the loss."""

@@ -34,14 +34,14 @@ def build_objective(args: LatentSFTConfig, config: PreTrainedConfig) -> LatentOb
     Raises:
         ValueError: no method is named, an unknown one, or a model without latent tokens.
     """
-    method = args.latent_method or getattr(config, "latent_method", None)
-    if method not in OBJECTIVES:
-        raise ValueError(f"latent_method={method!r} has no training objective; choose one of {sorted(OBJECTIVES)}")
     if not hasattr(config, "require_latent_tokens"):
         raise ValueError(
             f"{type(config).__name__} is a stock configuration; make the model with convert_stock_checkpoint(folder, "
-            f"method={method!r})"
+            f"method={args.latent_method or 'laser'!r})"
         )
+    method = args.latent_method or config.latent_method
+    if method not in OBJECTIVES:
+        raise ValueError(f"latent_method={method!r} has no training objective; choose one of {sorted(OBJECTIVES)}")
     config.require_latent_tokens()
     return OBJECTIVES[method](args, config)
 

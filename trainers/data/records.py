@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from PIL.Image import DecompressionBombError
+
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LISTED_BAD_ROWS = 10
+# What Pillow raises for a file that is missing, damaged or far too large.
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, DecompressionBombError)
 DEFAULT_MAX_BAD_SHARE = 0.01
 
 
@@ -269,22 +273,27 @@ def _to_json(value: Any, name: str, source: str | os.PathLike, row: int | None) 
         ) from error
 
 
-def record_features() -> "Features":
-    """The `datasets` schema of a record; `meta` and `teacher` are JSON strings because a struct cannot vary by row."""
+def record_features(decode: bool = True) -> "Features":
+    """The `datasets` schema of a record; `meta` and `teacher` are JSON strings because a struct cannot vary by row.
+
+    Args:
+        decode: whether the table opens the images when a row is read. With `False` they are opened by
+            [`record_from_row`] (bytes) or by the collator (paths), which names file and row of a bad one.
+    """
     from datasets import Features, Image, List, Value
 
     text = Value("string")
     return Features(
         {
             "id": text,
-            "images": List(Image()),
+            "images": List(Image(decode=decode)),
             "question": text,
             "answer": text,
             "choices": List(text),
             "chain": List(text),
             "steps": List(text),
             "boxes": List({"image": Value("int32"), "xyxy": List(Value("float64"))}),
-            "step_images": List(Image()),
+            "step_images": List(Image(decode=decode)),
             "teacher": text,
             "messages": List({"role": text, "content": text}),
             "meta": text,
@@ -327,29 +336,38 @@ def _encode_image(image: Any) -> dict[str, Any]:
     return Image().encode_example(image)
 
 
-def _decode_image(image: Any) -> Any:
+def _decode_image(image: Any, record: Mapping[str, Any]) -> Any:
     if not isinstance(image, dict):
         return image
     if image.get("bytes") is None:
         return image["path"]
     from datasets import Image
 
-    return Image().decode_example(image)
+    try:
+        return Image().decode_example(image)
+    except IMAGE_ERRORS as error:
+        raise RecordError(*record_origin(record), f"the bytes of an image cannot be read ({error})") from error
 
 
-def records_to_dataset(records: Iterable[Record]) -> "Dataset":
+def records_to_dataset(records: Iterable[Record], decode: bool = True) -> "Dataset":
     """A `datasets.Dataset` with the schema of `record_features()` (paths stay references, PIL images become bytes).
+
+    Args:
+        records: what the table holds.
+        decode: see [`record_features`].
 
     Raises:
         RecordError: for the first record with a wrong field.
     """
     from datasets import Dataset
 
-    return Dataset.from_list([record_to_row(record) for record in records], features=record_features())
+    return Dataset.from_list([record_to_row(record) for record in records], features=record_features(decode))
 
 
 def record_from_row(row: Mapping[str, Any]) -> Record:
     """The record of a row of such a table; the inverse of `record_to_row`, with the images decoded to PIL.
+
+    A record comes back as it is: `meta` and `teacher` may be JSON strings or what they stand for.
 
     Raises:
         ValueError: when the row lacks a column of the schema, or has one that the schema does not have.
@@ -360,9 +378,11 @@ def record_from_row(row: Mapping[str, Any]) -> Record:
             f"not a record row: missing columns {missing}, unknown columns {unknown}; see record_features()"
         )
     record = dict(row)
+    for name in ("meta", "teacher"):
+        if isinstance(record[name], str):
+            record[name] = json.loads(record[name]) if record[name] else None
+    record["meta"] = record["meta"] or {}
     for name in ("images", "step_images"):
         if record[name] is not None:
-            record[name] = [_decode_image(image) for image in record[name]]
-    record["meta"] = json.loads(record["meta"]) if record["meta"] else {}
-    record["teacher"] = json.loads(record["teacher"]) if record["teacher"] is not None else None
+            record[name] = [_decode_image(image, record) for image in record[name]]
     return record

@@ -1,0 +1,87 @@
+"""Tiny latent models: the stock models of `tests/tiny.py` in the library's class, with the same weights."""
+
+import copy
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, Qwen2_5_VLForConditionalGeneration
+
+from modeling_latent import LatentQwen2_5_VLConfig, LatentQwen2_5_VLForConditionalGeneration
+from tests.tiny import tiny_processor, tiny_stock_model
+
+
+def latent_token_ids() -> dict[str, int]:
+    """The latent token ids of [`tests.tiny.tiny_processor`], by field of the configuration."""
+    processor = tiny_processor()
+    return {
+        "latent_token_id": processor.latent_token_id,
+        "latent_start_token_id": processor.latent_start_token_id,
+        "latent_end_token_id": processor.latent_end_token_id,
+    }
+
+
+@lru_cache
+def _latent_model(seed: int, tie_word_embeddings: bool, fields: str) -> LatentQwen2_5_VLForConditionalGeneration:
+    stock = tiny_stock_model(seed, tie_word_embeddings)
+    config = LatentQwen2_5_VLConfig.from_stock(stock.config, **{**latent_token_ids(), **json.loads(fields)})
+    model = LatentQwen2_5_VLForConditionalGeneration(config)
+    missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("latent_head.") for name in missing)
+    model.generation_config = copy.deepcopy(stock.generation_config)
+    return model.eval()
+
+
+def tiny_latent_model(
+    seed: int = 0, tie_word_embeddings: bool = False, **fields: Any
+) -> LatentQwen2_5_VLForConditionalGeneration:
+    """The stock model of the same arguments as a latent model in evaluation mode, float32; a copy for every caller.
+
+    Args:
+        seed, tie_word_embeddings: see [`tests.tiny.tiny_stock_model`].
+        fields: latent fields of the configuration, e.g. `latent_head="simple"` or `latent_token_id=None`; the default
+            is the token ids of [`tests.tiny.tiny_processor`] and nothing else.
+    """
+    return copy.deepcopy(_latent_model(seed, tie_word_embeddings, json.dumps(fields, sort_keys=True)))
+
+
+def liven(model: torch.nn.Module, scale: float = 4.0) -> torch.nn.Module:
+    """Multiply every matrix: the arg max gets a margin, and images and positions change what the model says."""
+    with torch.no_grad():
+        seen = {id(parameter): parameter for parameter in model.parameters() if parameter.ndim > 1}
+        for parameter in seen.values():
+            parameter.mul_(scale)
+    return model
+
+
+@lru_cache
+def tiny_pair(
+    seed: int = 0, scale: float = 4.0
+) -> tuple[Qwen2_5_VLForConditionalGeneration, LatentQwen2_5_VLForConditionalGeneration]:
+    """A stock and a latent model of equal, enlarged weights, built once: do not change them."""
+    return liven(tiny_stock_model(seed), scale), liven(tiny_latent_model(seed), scale)
+
+
+class ScriptProcessor(LogitsProcessor):
+    """Per prompt, at the scripted steps, all scores but one token's become -inf: the same as `script` of the naive decoder.
+
+    Args:
+        scripts: one `step -> token` per prompt; beams and returned sequences of a prompt share it.
+        prompt_length: length of the padded prompt.
+    """
+
+    def __init__(self, scripts: list[dict[int, int]], prompt_length: int) -> None:
+        self.scripts = scripts
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        step = input_ids.shape[1] - self.prompt_length
+        scores = scores.clone()
+        for row in range(len(scores)):
+            token = self.scripts[row * len(self.scripts) // len(scores)].get(step)
+            if token is not None:
+                kept = scores[row, token].item()
+                scores[row] = float("-inf")
+                scores[row, token] = kept
+        return scores

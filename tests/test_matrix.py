@@ -1,0 +1,541 @@
+"""Every backbone, strategy and way of decoding against the naive decoder of `tests/naive.py`.
+
+The table has three axes: a new backbone is one entry of `BACKBONES`, a new strategy one entry of `SCENARIOS`, a new way
+of decoding one function decorated with `behaviour`. A cell runs all scenarios of its strategy: ids must be equal, slots
+in the same places, their vectors within 1e-4, and their positions equal.
+
+The scenarios differ by row (three prompts of different length, the last one without image): in one batch a row is in a
+span while another writes text, and a third has ended.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from tests.latent import ScriptProcessor, latent_token_ids, tiny_pair
+from tests.naive import NaiveResult, naive_generate
+from tests.tiny import tiny_processor, tiny_prompts
+
+TOLERANCE = 1e-4
+SLOT, START, END = latent_token_ids().values()
+EOS, PAD = 486, 484  # <|im_end|>, <|endoftext|>
+PER_ROW = ("max_latent_steps", "num_latent_steps")
+SCALE = 6.0
+
+
+# First axis: backbones
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What the table needs to know of a backbone.
+
+    Args:
+        pair: seed -> (stock model, latent model) of equal weights.
+        rows: the three prompts, each a batch of one without padding.
+        naive: `(stock model, row, **options of the naive decoder)`.
+    """
+
+    pair: Callable[[int], tuple[torch.nn.Module, torch.nn.Module]]
+    rows: Callable[[], list[dict[str, torch.Tensor]]]
+    naive: Callable[..., NaiveResult]
+
+
+@lru_cache
+def chat_rows() -> list[dict[str, torch.Tensor]]:
+    """Two prompts with an image and one without."""
+    text_only = [{"role": "user", "content": "Which option is right? Yes, it is safe."}]
+    processor, rows = tiny_processor(), []
+    for prompt in [*tiny_prompts(), text_only]:
+        inputs = processor.apply_chat_template(
+            [prompt], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        rows.append(dict(inputs))
+    return rows
+
+
+def naive_qwen(model: torch.nn.Module, row: dict[str, torch.Tensor], **options: Any) -> NaiveResult:
+    return naive_generate(model, row["input_ids"], row.get("pixel_values"), row.get("image_grid_thw"), **options)
+
+
+BACKBONES = {
+    "qwen2_5_vl": Backbone(lambda seed: tiny_pair(seed, SCALE), chat_rows, naive_qwen),
+}
+
+
+# Second axis: strategies, each with scenarios
+
+
+class Discourage(LogitsProcessor):
+    """Lowers the score of the three ids before: whoever sees another id there decodes another text."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores.scatter_add(1, input_ids[:, -3:], torch.full((len(scores), 3), -2.0))
+
+
+class Prefer(LogitsProcessor):
+    """Raises the score of one id above all others."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores.index_fill(1, torch.tensor([self.token]), 1e4)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Options of `generate` and what happens in each of the three rows.
+
+    Args:
+        name: of the test.
+        options: of `generate`; the value of a per-row option may be a list of three.
+        scripts: per row, step -> id that the model is made to say there.
+        tails: per row, ids appended to the prompt.
+        processor: a logits processor for all rows.
+        seed: of the model.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    scripts: tuple[dict[int, int], ...] = ({}, {}, {})
+    tails: tuple[tuple[int, ...], ...] = ((), (), ())
+    processor: LogitsProcessor | None = None
+    seed: int = 0
+    max_new_tokens: int = 14
+
+
+OPEN = ((START,), (START,), (START,))
+# For drafts copied from the prompt: after 50 the draft is 51 52 START; the model says 51 60, so a slot drafted behind
+# START is given up; after 60 the draft is 61 62 63, which is right.
+DRAFT_TAIL = (50, 51, 52, START, 53, 60, 61, 62, 63, 55, 50)
+DRAFT_SCRIPT = {0: 51, 1: 60, 2: 61, 3: 62, 4: 63, 6: 50, 7: 51, 8: 52}
+DRAFTS: dict[str, Any] = {"tails": (DRAFT_TAIL,) * 3, "scripts": (DRAFT_SCRIPT, DRAFT_SCRIPT, {**DRAFT_SCRIPT, 9: EOS})}
+
+SCENARIOS: dict[str, list[Scenario]] = {
+    "off": [
+        Scenario("free"),
+        Scenario("another model", seed=1),
+        Scenario("rows end one by one", scripts=({3: EOS}, {6: EOS}, {0: PAD})),
+        Scenario("a start marker is never written", processor=Prefer(START)),
+        Scenario("a start marker in the prompt opens nothing", tails=OPEN, processor=Discourage()),
+        Scenario("drafts", **DRAFTS),
+    ],
+    "fixed": [
+        Scenario("quota per row", {"num_latent_steps": [1, 4, 0]}, tails=OPEN),
+        Scenario("forced", {"num_latent_steps": 3, "force_span": True}, seed=1, processor=Discourage()),
+        Scenario(
+            "opened in the text, twice",
+            {"num_latent_steps": [2, 1, 3]},
+            scripts=({2: START, 7: START}, {0: START, 5: START}, {6: START, 11: START}),
+        ),
+        Scenario(
+            "end marker, end of turn and start marker say nothing inside",
+            {"num_latent_steps": [3, 2, 4]},
+            tails=OPEN,
+            scripts=({0: END, 1: EOS, 2: START, 5: EOS}, {0: EOS, 1: END, 2: END}, {0: PAD, 3: START}),
+        ),
+        Scenario(
+            "repetition",
+            {"num_latent_steps": [6, 3, 8], "repetition_exit": True, "latent_answer_ids": [40, 41, 42]},
+            tails=OPEN,
+            scripts=({1: 30, 2: 30, 3: 30}, {1: 30, 2: 30, 3: 30}, {1: 30, 2: 30, 3: 31, 4: 31, 5: 31}),
+        ),
+        Scenario("slot id is never said", {"num_latent_steps": 3}, tails=OPEN, processor=Prefer(SLOT)),
+        Scenario("cut by the budget", {"num_latent_steps": [5, 2, 9]}, tails=OPEN, max_new_tokens=4),
+        Scenario("drafts", {"num_latent_steps": 2}, **{**DRAFTS, "scripts": ({**DRAFT_SCRIPT, 9: START},) * 3}),
+    ],
+    "dynamic": [
+        Scenario("cap per row", {"max_latent_steps": [1, 3, 6]}),
+        Scenario("another model", {"max_latent_steps": 5}, seed=1, processor=Discourage()),
+        Scenario(
+            "the model says end",
+            {"latent_answer_ids": [40, 41]},
+            scripts=({1: END}, {4: END, 8: EOS}, {2: END, 3: EOS}),
+        ),
+        Scenario("answer ids after the cap", {"max_latent_steps": [1, 2, 4], "latent_answer_ids": [40, 41, 42]}),
+        Scenario(
+            "says end at the cap",
+            {"max_latent_steps": [2, 3, 2], "latent_answer_ids": 40},
+            scripts=({3: END}, {3: END}, {4: END}),
+        ),
+        Scenario(
+            "opens again",
+            {"max_latent_steps": [3, 2, 4]},
+            scripts=({1: END, 3: START, 5: END}, {2: END, 3: START, 9: START}, {3: START, 4: END, 5: START, 6: END}),
+        ),
+        Scenario(
+            "not forced",
+            {"max_latent_steps": 3, "force_span": False},
+            tails=((), (), (START,)),
+            scripts=({2: START}, {}, {}),
+        ),
+        Scenario("forced on an open prompt", {"max_latent_steps": [1, 2, 3]}, tails=OPEN),
+        Scenario(
+            "repetition",
+            {"max_latent_steps": 9, "repetition_exit": True, "latent_answer_ids": [40, 41]},
+            scripts=({2: 30, 3: 30, 4: 30}, {1: START, 2: START}, {3: 31, 4: 31, 5: 31}),
+        ),
+        Scenario(
+            "end of turn inside a span, then outside",
+            {"max_latent_steps": [2, 6, 4]},
+            scripts=({1: EOS, 2: PAD, 4: EOS}, {3: EOS}, {2: EOS, 6: EOS}),
+        ),
+        Scenario(
+            "answer ids that open a span and end the turn",
+            {"max_latent_steps": [1, 2, 5], "latent_answer_ids": [40, START, 41, END, EOS]},
+        ),
+        Scenario("slot id is never said", {"max_latent_steps": 3}, processor=Prefer(SLOT)),
+        Scenario("cut by the budget", {"max_latent_steps": [2, 9, 3]}, max_new_tokens=4),
+        Scenario("drafts", {"force_span": False, "max_latent_steps": 2}, **DRAFTS),
+        Scenario("drafts that open", {"force_span": False, "max_latent_steps": 2}, tails=(DRAFT_TAIL,) * 3,
+                 scripts=({0: 51, 1: 52, 2: START, 7: 50, 8: 51, 9: 60},) * 3),
+    ],
+}  # fmt: skip
+
+
+# A cell
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One scenario on one backbone."""
+
+    backbone: str
+    strategy: str
+    scenario: Scenario
+
+    @property
+    def stock(self) -> torch.nn.Module:
+        return BACKBONES[self.backbone].pair(self.scenario.seed)[0]
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return BACKBONES[self.backbone].pair(self.scenario.seed)[1]
+
+    def row(self, index: int) -> dict[str, torch.Tensor]:
+        """The prompt of one row with its tail, `[1, length]`."""
+        row = dict(BACKBONES[self.backbone].rows()[index])
+        tail = torch.tensor([self.scenario.tails[index]], dtype=torch.long)
+        for name, value in (("input_ids", None), ("attention_mask", 1), ("mm_token_type_ids", 0)):
+            if name in row:
+                extra = tail if value is None else torch.full_like(tail, value)
+                row[name] = torch.cat([row[name], extra.to(row[name])], dim=1)
+        return row
+
+    def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """Some rows, padded on the left."""
+        return left_pad([self.row(index) for index in rows])
+
+    def naive_options(self, index: int) -> dict[str, Any]:
+        """The options of one row in the words of the naive decoder."""
+        options = {"start_id": START, "slot_id": SLOT, "end_id": END, "eos_ids": [EOS, PAD], "strategy": self.strategy}
+        for name, value in self.scenario.options.items():
+            value = value[index] if name in PER_ROW and isinstance(value, list) else value
+            if name == "latent_answer_ids":
+                name, value = "answer_ids", [value] if isinstance(value, int) else value
+            options[name] = value
+        return {**options, "max_new_tokens": self.scenario.max_new_tokens, "process_scores": self.scenario.processor}
+
+    def expected(self, index: int, script: dict[int, int] | None = None) -> NaiveResult:
+        """What the naive decoder does with a row, with its script or another one."""
+        if script is not None:
+            options = {**self.naive_options(index), "process_scores": None}
+            return BACKBONES[self.backbone].naive(self.stock, self.row(index), script=script, **options)
+        return _expected(self.backbone, self.strategy, self.scenario.name, index)
+
+    def generate(self, rows: list[int], model: torch.nn.Module | None = None, **options: Any) -> Any:
+        """`generate` on some rows with the script and the processor of the scenario."""
+        inputs = self.batch(rows)
+        scripts = [self.scenario.scripts[index] for index in rows]
+        processors = LogitsProcessorList([ScriptProcessor(scripts, inputs["input_ids"].shape[1])])
+        if self.scenario.processor is not None:
+            processors.insert(0, self.scenario.processor)
+        latent = {}
+        if model is None:
+            latent = {"latent_strategy": self.strategy, **self.scenario.options}
+            for name in PER_ROW:
+                if isinstance(latent.get(name), list):
+                    latent[name] = [latent[name][index] for index in rows]
+        settings = {"do_sample": False, "max_new_tokens": self.scenario.max_new_tokens, **latent, **options}
+        return (model or self.model).generate(
+            **inputs, logits_processor=processors, return_dict_in_generate=True, **settings
+        )
+
+
+@lru_cache(maxsize=None)
+def _expected(backbone: str, strategy: str, scenario: str, index: int) -> NaiveResult:
+    cell = next(cell for cell in cells(backbone, strategy) if cell.scenario.name == scenario)
+    return BACKBONES[backbone].naive(
+        cell.stock, cell.row(index), script=cell.scenario.scripts[index], **cell.naive_options(index)
+    )
+
+
+def cells(backbone: str, strategy: str) -> Iterator[Cell]:
+    for scenario in SCENARIOS[strategy]:
+        yield Cell(backbone, strategy, scenario)
+
+
+def left_pad(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    length = max(row["input_ids"].shape[1] for row in rows)
+    batch: dict[str, list[torch.Tensor]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if value.shape == row["input_ids"].shape:
+                fill = PAD if name == "input_ids" else 0
+                value = torch.nn.functional.pad(value, (length - value.shape[1], 0), value=fill)
+            batch.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in batch.items()}
+
+
+def assert_same(cell: Cell, output: Any, number: int, expected: NaiveResult) -> None:
+    """Row `number` of an output is what the naive decoder did."""
+    trace, name = output.latent_trace, f"{cell.scenario.name}, row {number}"
+    start, length = trace.prompt_length, len(expected.ids)
+    new = output.sequences[number, start:].tolist()
+    assert new[:length] == expected.ids, name
+    assert set(new[length:]) <= {PAD}, name
+    assert trace.latent_mask[number, start:].tolist() == expected.is_latent + [False] * (len(new) - length), name
+    assert not trace.latent_mask[number, :start].any(), name
+    if trace.position_ids is not None:
+        positions = trace.position_ids[-3:, number, start : start + length - 1].T
+        assert positions.tolist() == [position.tolist() for position in expected.positions], name
+    steps = [step for step, is_latent in enumerate(expected.is_latent) if is_latent]
+    dense = {key: trace.dense(key)[number, start:] for key in ("slot_inputs", "slot_outputs", "readable_ids", "has_output")}
+    assert dense["readable_ids"][steps].tolist() == expected.said, name
+    for vector, step in zip(expected.slot_inputs, steps, strict=True):
+        torch.testing.assert_close(dense["slot_inputs"][step], vector, atol=TOLERANCE, rtol=0, msg=f"{name}, step {step}")
+        assert bool(dense["has_output"][step]) == (step + 1 < length), name
+        if step + 1 < length:
+            torch.testing.assert_close(dense["slot_outputs"][step], expected.hidden[step + 1], atol=TOLERANCE, rtol=0)
+
+
+# Third axis: ways of decoding
+
+BEHAVIOURS: dict[str, Callable[[str, str], None]] = {}
+
+
+def behaviour(function: Callable[[str, str], None]) -> Callable[[str, str], None]:
+    BEHAVIOURS[function.__name__] = function
+    return function
+
+
+def alone(backbone: str, strategy: str, **options: Any) -> None:
+    for cell in cells(backbone, strategy):
+        for index in range(3):
+            assert_same(cell, cell.generate([index], **options), 0, cell.expected(index))
+
+
+def together(backbone: str, strategy: str, **options: Any) -> None:
+    for cell in cells(backbone, strategy):
+        output = cell.generate([0, 1, 2], **options)
+        for index in range(3):
+            assert_same(cell, output, index, cell.expected(index))
+
+
+@behaviour
+def greedy(backbone: str, strategy: str) -> None:
+    alone(backbone, strategy)
+
+
+@behaviour
+def batch(backbone: str, strategy: str) -> None:
+    together(backbone, strategy)
+
+
+@behaviour
+def static_cache(backbone: str, strategy: str) -> None:
+    together(backbone, strategy, cache_implementation="static")
+
+
+@behaviour
+def no_cache(backbone: str, strategy: str) -> None:
+    together(backbone, strategy, use_cache=False)
+
+
+@behaviour
+def chunked_prefill(backbone: str, strategy: str) -> None:
+    together(backbone, strategy, prefill_chunk_size=7)
+
+
+@behaviour
+def streamer(backbone: str, strategy: str) -> None:
+    """What is streamed is what is returned, prompt first."""
+
+    class Keep(BaseStreamer):
+        def __init__(self) -> None:
+            self.ids: list[int] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.ids.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.ended = True
+
+    for cell in cells(backbone, strategy):
+        for index in (0, 2):
+            keep = Keep()
+            output = cell.generate([index], streamer=keep)
+            assert_same(cell, output, 0, cell.expected(index))
+            assert keep.ended and keep.ids == output.sequences[0].tolist()
+
+
+@behaviour
+def prompt_lookup(backbone: str, strategy: str) -> None:
+    """Drafts copied from the text so far; at least some of them are accepted."""
+    saved = 0
+    for cell in cells(backbone, strategy):
+        for index in range(3):
+            with counted_forwards(cell.model) as calls:
+                output = cell.generate([index], prompt_lookup_num_tokens=3)
+            assert_same(cell, output, 0, cell.expected(index))
+            saved += len(cell.expected(index).ids) - len(calls)
+    assert saved >= 10, "hardly any draft was accepted: this cell tests nothing"
+
+
+@behaviour
+def assistant_model(backbone: str, strategy: str) -> None:
+    """Drafts of the stock model of the same weights, and of another one that disagrees."""
+    saved = 0
+    for cell in cells(backbone, strategy):
+        for index in range(3):
+            for seed in (cell.scenario.seed, 2):
+                assistant = BACKBONES[backbone].pair(seed)[0]
+                with counted_forwards(cell.model) as calls:
+                    output = cell.generate([index], assistant_model=assistant)
+                assert_same(cell, output, 0, cell.expected(index))
+                saved += len(cell.expected(index).ids) - len(calls)
+    assert saved >= 10, "hardly any draft was accepted: this cell tests nothing"
+
+
+class counted_forwards:
+    """Context that collects one entry for each forward of a model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> list[int]:
+        calls: list[int] = []
+        self.handle = self.model.register_forward_hook(lambda *_: calls.append(1))
+        return calls
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
+
+
+def script_of(output: Any, number: int, length: int) -> dict[int, int]:
+    """What the model said at each of the `length` steps of a returned row: the id, or what a slot would have said."""
+    start = output.latent_trace.prompt_length
+    said = output.latent_trace.readable_sequences[number, start : start + length].tolist()
+    return dict(enumerate(said))
+
+
+def generated_length(row: list[int]) -> int:
+    """Up to the first end of turn."""
+    return next((step + 1 for step, token in enumerate(row) if token in (EOS, PAD)), len(row))
+
+
+@behaviour
+def sampling(backbone: str, strategy: str) -> None:
+    """The naive decoder, made to say what was sampled, does the same; `off` draws what the stock class draws."""
+    warpers: list[dict[str, Any]] = [{"temperature": 1.5, "top_k": 0}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}]
+    for cell in cells(backbone, strategy):
+        for seed, warper in enumerate(warpers):
+            torch.manual_seed(seed)
+            output = cell.generate([0, 1, 2], do_sample=True, **warper)
+            for index in range(3):
+                length = generated_length(output.sequences[index, output.latent_trace.prompt_length :].tolist())
+                assert_same(cell, output, index, cell.expected(index, script_of(output, index, length)))
+            if strategy == "off":
+                torch.manual_seed(seed)
+                banned = {"suppress_tokens": [SLOT, START]}
+                stock = cell.generate([0, 1, 2], cell.stock, do_sample=True, **banned, **warper)
+                preferred = isinstance(cell.scenario.processor, Prefer)  # lifts the ban of the stock class
+                assert preferred or output.sequences.tolist() == stock.sequences.tolist(), cell.scenario.name
+
+
+def beam_search(backbone: str, strategy: str, beams: int) -> None:
+    """Scores are those of a teacher-forced replay, forced ids free of charge; a batch is its rows alone."""
+    for cell in cells(backbone, strategy):
+        options = {"num_beams": beams, "num_return_sequences": 2, "output_scores": True}
+        output = cell.generate([0, 1, 2], **options)
+        for index in range(3):
+            single = cell.generate([index], **options)
+            for beam in range(2):
+                number = 2 * index + beam
+                score = assert_replayed(cell, output, number, index)
+                assert_replayed(cell, single, beam, index)
+                assert single.sequences_scores[beam].item() == pytest.approx(score, abs=1e-4)
+        if strategy == "off" and not isinstance(cell.scenario.processor, Prefer):
+            stock = cell.generate([0, 1, 2], cell.stock, suppress_tokens=[SLOT, START], **options)
+            assert output.sequences.tolist() == stock.sequences.tolist(), cell.scenario.name
+            torch.testing.assert_close(output.sequences_scores, stock.sequences_scores)
+
+
+def assert_replayed(cell: Cell, output: Any, number: int, index: int) -> float:
+    """A returned beam obeys the rules of its strategy and has the score that its ids deserve; returns the score."""
+    length = int((output.beam_indices[number] >= 0).sum())
+    script = script_of(output, number, length)
+    expected = cell.expected(index, script)
+    assert_same(cell, output, number, expected)
+    forced, total = forced_steps(cell, output, number, index), 0.0
+    for step, (token, logits) in enumerate(zip(expected.ids, expected.logits, strict=True)):
+        scores = logits.float().log_softmax(-1)
+        if cell.scenario.processor is not None:
+            ids = torch.cat([cell.row(index)["input_ids"], torch.tensor([expected.ids[:step]], dtype=torch.long)], dim=1)
+            scores = cell.scenario.processor(ids, scores[None])[0]
+        if expected.is_latent[step] and step not in cell.scenario.scripts[index] and step not in forced_words(forced):
+            scores[SLOT] = -float("inf")
+            assert script[step] == int(scores.argmax()), f"{cell.scenario.name}: a slot says the best id"
+        total += 0.0 if step in forced else float(scores[token])
+    assert output.sequences_scores[number].item() == pytest.approx(total / length, abs=1e-5), cell.scenario.name
+    return total / length
+
+
+def forced_steps(cell: Cell, output: Any, number: int, index: int) -> dict[int, str]:
+    """Step -> why its id was forced, from the table of spans."""
+    trace, forced = output.latent_trace, {}
+    options = cell.naive_options(index)
+    answers = options.get("answer_ids") or []
+    if options.get("force_span", cell.strategy == "dynamic") and cell.strategy != "off":
+        forced[0] = "start"
+    for span in trace.spans:
+        if span.row != number:
+            continue
+        first, stop = span.first - trace.prompt_length, span.first + span.length - trace.prompt_length
+        forced.update(dict.fromkeys(range(first, stop), "slot"))
+        if span.reason == "open":
+            continue
+        if cell.strategy == "dynamic":
+            forced[stop] = "end"
+        if span.reason in ("repetition", "max_latent_steps"):
+            forced.update({stop + 1 + offset: "answer" for offset in range(len(answers)) if stop + 1 + offset not in forced})
+    return forced
+
+
+def forced_words(forced: dict[int, str]) -> set[int]:
+    return {step for step, why in forced.items() if why in ("start", "answer")}
+
+
+@behaviour
+def beams_2(backbone: str, strategy: str) -> None:
+    beam_search(backbone, strategy, 2)
+
+
+@behaviour
+def beams_4(backbone: str, strategy: str) -> None:
+    beam_search(backbone, strategy, 4)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+@pytest.mark.parametrize("strategy", SCENARIOS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_cell(backbone: str, strategy: str, behaviour: str) -> None:
+    BEHAVIOURS[behaviour](backbone, strategy)
