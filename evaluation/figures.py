@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -10,6 +11,7 @@ from trainers.data.mazes import Maze, draw_plan, parse_plan, render_maze
 _CELL = 48
 _MARGIN = 24
 _TEXT_WIDTH = 560
+_GAP = 6
 
 
 def draw_maze_page(
@@ -29,45 +31,56 @@ def draw_maze_page(
     """
     if not mazes or not len(mazes) == len(texts) == len(latent_paths) == len(correct):
         raise ValueError(
-            f"need one text, path and score per maze, got {len(mazes)}, {len(texts)}, {len(latent_paths)}"
+            f"need at least one maze, and one text, path and score for each; got {len(mazes)} mazes, {len(texts)} "
+            f"texts, {len(latent_paths)} paths and {len(correct)} scores"
         )
     pictures = [draw_plan(render_maze(m, _CELL), m, parse_plan(t) or []) for m, t in zip(mazes, texts, strict=True)]
-    column = max(picture.width for picture in pictures)
-    height = sum(max(picture.height, 150) + _MARGIN for picture in pictures) + _MARGIN
-    page = Image.new("RGB", (column + _TEXT_WIDTH + 3 * _MARGIN, height), "white")
+    columns = [_column(*row) for row in zip(texts, latent_paths, correct, strict=True)]
+    width = max(picture.width for picture in pictures)
+    heights = [
+        max(picture.height, sum(line.size + _GAP for line in lines))
+        for picture, lines in zip(pictures, columns, strict=True)
+    ]
+    page = Image.new("RGB", (width + _TEXT_WIDTH + 3 * _MARGIN, sum(heights) + _MARGIN * (len(heights) + 1)), "white")
     draw = ImageDraw.Draw(page)
     top = _MARGIN
-    for picture, text, latent, solved in zip(pictures, texts, latent_paths, correct, strict=True):
+    for picture, lines, height in zip(pictures, columns, heights, strict=True):
         page.paste(picture, (_MARGIN, top))
-        _write(draw, (column + 2 * _MARGIN, top), text, latent, solved)
-        top += max(picture.height, 150) + _MARGIN
+        below = top
+        for line in lines:
+            font = ImageFont.load_default(line.size)
+            draw.text((width + 2 * _MARGIN, below), line.text, fill=line.colour, font=font)
+            below += line.size + _GAP
+        top += height + _MARGIN
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     page.save(target)
     return target
 
 
-def _write(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, latent: str, solved: bool) -> None:
-    left, top = corner
-    colour = (20, 120, 50) if solved else (180, 30, 30)
-    top = _paragraph(draw, (left, top), "solved" if solved else "not solved", colour, 18)
-    top = _paragraph(draw, (left, top + 6), f"answer: {text}", (20, 20, 20), 16)
-    span = latent.split("⟩")[0] + "⟩" if "⟩" in latent else latent
-    _paragraph(draw, (left, top + 6), "latent path (what each slot would have said):", (90, 90, 90), 14)
-    _paragraph(draw, (left, top + 26), span, (40, 60, 140), 16)
+class _Line(NamedTuple):
+    text: str
+    colour: tuple[int, int, int]
+    size: int
 
 
-def _paragraph(
-    draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, colour: tuple[int, int, int], size: int
-) -> int:
-    """Text wrapped at the column's width; returns the y below it."""
+def _column(text: str, latent_path: str, solved: bool) -> list[_Line]:
+    """The lines beside one maze."""
+    span = latent_path.split("⟩")[0] + "⟩" if "⟩" in latent_path else latent_path
+    return [
+        *_wrapped("solved" if solved else "not solved", (20, 120, 50) if solved else (180, 30, 30), 18),
+        *_wrapped(f"answer: {text}", (20, 20, 20), 16),
+        *_wrapped("latent path (what each slot would have said):", (90, 90, 90), 14),
+        *_wrapped(span, (40, 60, 140), 16),
+    ]
+
+
+def _wrapped(text: str, colour: tuple[int, int, int], size: int) -> list[_Line]:
+    """Text cut into lines of the column's width."""
     font = ImageFont.load_default(size)
-    left, top = corner
-    line = ""
+    lines = [""]
     for character in text.replace("\n", " "):
-        if draw.textlength(line + character, font=font) > _TEXT_WIDTH:
-            draw.text((left, top), line, fill=colour, font=font)
-            top, line = top + size + 6, ""
-        line += character
-    draw.text((left, top), line, fill=colour, font=font)
-    return top + size + 6
+        if font.getlength(lines[-1] + character) > _TEXT_WIDTH:
+            lines.append("")
+        lines[-1] += character
+    return [_Line(line, colour, size) for line in lines]

@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from trainers.data.records import Record, record_from_row
+from trainers.data.records import Record, open_image, record_from_row
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def predict(
 ) -> list[Prediction]:
     """Generate an answer for every record, greedily unless `do_sample=True` is passed.
 
-    Records are sorted by prompt length, so that a batch holds rows of similar length; the result is in the order
-    given.
+    Records are sorted by the size of their images and the length of their prompt, so that a batch holds rows of
+    similar length; the result is in the order given.
 
     Args:
         model: a latent model in eval mode (it is switched to eval and back).
@@ -66,8 +66,14 @@ def predict(
         instruction: text appended to every question.
         progress: show a progress bar.
         generate_options: for `generate`, e.g. `latent_strategy="off"`.
+
+    Raises:
+        ValueError: `batch_size` below 1, or an option that `generate` refuses.
+        RecordError: an image that cannot be read; names file and row.
     """
-    records = [record_from_row(record) for record in records]
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be at least 1")
+    records = [_with_images(record_from_row(record)) for record in records]
     prompts = [build_prompt(processor, record, instruction) for record in records]
     sizes = [sum(image.width * image.height for image in record["images"]) for record in records]
     order = sorted(range(len(records)), key=lambda i: (sizes[i], len(prompts[i])))
@@ -90,6 +96,10 @@ def predict(
     finally:
         model.train(was_training)
     return results
+
+
+def _with_images(record: Record) -> Record:
+    return {**record, "images": [open_image(image, record) for image in record["images"]]}
 
 
 def _predict_batch(

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import AutoConfig, AutoModelForImageTextToText
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -18,7 +17,7 @@ from modeling_latent import LatentProcessor, convert_stock_checkpoint
 from trainers import LatentSFTConfig, LatentSFTTrainer
 from trainers.data.llava import read_source
 from trainers.data.mazes import maze_dataset, maze_stream
-from trainers.data.records import RecordReport, record_features, record_to_row
+from trainers.data.records import RecordReport, records_to_dataset
 
 TINY_BASE = str(Path(__file__).resolve().parents[1] / "hub_configs" / "maze-tiny" / "base")
 
@@ -63,20 +62,28 @@ class TrainLaserConfig(LatentSFTConfig):
 def load_model(args: ModelConfig, script: ScriptArguments, config: LatentSFTConfig) -> tuple:
     """A latent checkpoint as it is, a stock one with latent tokens added."""
     name = args.model_name_or_path or TINY_BASE
-    kwargs = {"dtype": args.dtype if args.dtype not in (None, "auto") else "auto"}
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"model_name_or_path={name!r} has no config.json; give a folder written by save_pretrained")
+    if args.load_in_4bit or args.load_in_8bit or args.model_revision != "main":
+        raise ValueError("load_in_4bit, load_in_8bit and model_revision are not read by this script; leave them out")
+    kwargs = {"dtype": args.dtype or "auto"}
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
-    stock = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    code = {"trust_remote_code": config.trust_remote_code}
+    stock = AutoConfig.from_pretrained(name, **code)
     if stock.model_type.startswith("latent_"):
-        model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=config.trust_remote_code, **kwargs)
+        model = AutoModelForImageTextToText.from_pretrained(name, **code, **kwargs)
         processor = LatentProcessor.from_pretrained(name)
     else:
         model, processor = convert_stock_checkpoint(name, method=config.latent_method or "laser", **kwargs)
-    for key in ("min_pixels", "max_pixels"):
-        if getattr(script, key) is not None:
-            size = dict(processor.image_processor.size)
-            size["shortest_edge" if key == "min_pixels" else "longest_edge"] = getattr(script, key)
-            processor.image_processor.size = size
+    size = dict(processor.image_processor.size)
+    size["shortest_edge"] = script.min_pixels or size["shortest_edge"]
+    size["longest_edge"] = script.max_pixels or size["longest_edge"]
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise ValueError(
+            f"min_pixels={size['shortest_edge']} is above max_pixels={size['longest_edge']}; give both, in order"
+        )
+    processor.image_processor.size = size
     if script.freeze_vision_tower:
         model.model.visual.requires_grad_(False)
     return model, processor
@@ -86,16 +93,13 @@ def load_data(script: ScriptArguments, config: LatentSFTConfig) -> tuple:
     """Training and evaluation records."""
     if script.data_path is None:
         mazes = maze_stream(seed=script.maze_seed, split="train")
-        return mazes, maze_dataset(script.num_eval_mazes, seed=script.maze_seed, split="validation")
+        number = script.num_eval_mazes
+        return mazes, maze_dataset(number, seed=script.maze_seed, split="validation") if number else None
     report = RecordReport(config.max_bad_share)
-
-    def rows() -> list[dict]:
-        records = read_source(
-            script.data_path, script.image_folder, require_chain=config.latent_form == "chain", report=report
-        )
-        yield from map(record_to_row, records)
-
-    data = Dataset.from_generator(rows, features=record_features())
+    records = read_source(
+        script.data_path, script.image_folder, require_chain=config.latent_form == "chain", report=report
+    )
+    data = records_to_dataset(records, decode=False)  # the collator opens the images and names a bad row
     report.check()
     print(report.summary())
     return data, None

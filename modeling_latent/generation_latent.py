@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.candidate_generator import (
+    CandidateGenerator,
+    _prepare_attention_mask,
+    _prepare_position_ids,
+)
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 from transformers.utils import logging
 
@@ -65,7 +69,7 @@ class LatentLogitsProcessor(LogitsProcessor):
 
 
 class LatentBanProcessor(LogitsProcessor):
-    """Put first: removes the ids that text may not write before top-k, top-p and their like choose what to keep."""
+    """Put before top-k, top-p and their like, which else might keep nothing but an id that text may not write."""
 
     def __init__(self, state: LatentState) -> None:
         self.state = state
@@ -102,13 +106,13 @@ class LatentCandidateGenerator(CandidateGenerator):
     """Wraps the candidate generator of assisted decoding: no candidate may lie inside a span.
 
     Inside a span, and where an id is forced, no candidate is proposed; elsewhere candidates are cut after the first
-    start
-    marker and before the first latent id. The wrapped generator reads the slots by the ids that they would have said.
+    start marker and before the first latent id. The wrapped generator reads a slot by the id that it would have said.
     """
 
     def __init__(self, inner: CandidateGenerator, state: LatentState) -> None:
         self.inner = inner
         self.state = state
+        self.drafted: torch.LongTensor | None = None  # what the wrapped generator has seen and proposed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -121,11 +125,34 @@ class LatentCandidateGenerator(CandidateGenerator):
         self.state.forget(input_ids.shape[1])
         if self.state.is_forced(input_ids):
             return input_ids, None
-        candidates, logits = self.inner.get_candidates(self.state.readable(input_ids), **kwargs)
+        readable = self.state.readable(input_ids)
+        self._catch_up(readable)
+        candidates, logits = self.inner.get_candidates(readable, **kwargs)
+        self.drafted = candidates
         new = candidates[:, input_ids.shape[1] :]
         keep = self.state.free_prefix(new[0])
         candidates = torch.cat([input_ids, new[:, :keep].to(input_ids)], dim=1)
         return candidates, None if logits is None else logits[:, :keep]
+
+    def _catch_up(self, readable: torch.LongTensor) -> None:
+        """Bring an assistant model to the present text: it was not asked while a span was written.
+
+        The stock generator expects to be called at every step. So on its first call the mask and the positions of the
+        prompt are extended here, and later its cache is cut where its drafts and the text part.
+        """
+        kwargs = getattr(self.inner, "assistant_kwargs", None)
+        if kwargs is None:
+            return
+        cache, length = kwargs.get("past_key_values"), readable.shape[1]
+        if cache is None:
+            kwargs = _prepare_attention_mask(kwargs, length, is_encoder_decoder=False)
+            self.inner.assistant_kwargs = _prepare_position_ids(kwargs, length, is_encoder_decoder=False)
+        elif self.drafted is not None:
+            shared = min(length, self.drafted.shape[1])
+            same = (self.drafted[0, :shared].to(readable) == readable[0, :shared]).cumprod(0).sum()
+            surplus = cache.get_seq_length() - int(same)
+            if surplus > 0:
+                cache.crop(-surplus)
 
     def update_candidate_strategy(
         self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int
@@ -261,12 +288,13 @@ class LatentGenerationMixin(GenerationMixin):
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
         state = _state()
-        if state is not None:
-            state.prompt_length = kwargs["input_ids_seq_length"]
-            processors.insert(0, LatentBanProcessor(state))
-            processors.append(LatentLogitsProcessor(state))
+        if state is None:
+            return super()._get_logits_processor(*args, **kwargs)
+        state.prompt_length = kwargs["input_ids_seq_length"]
+        custom = [*(kwargs.get("logits_processor") or []), LatentBanProcessor(state)]  # these run before the warpers
+        processors = super()._get_logits_processor(*args, **{**kwargs, "logits_processor": LogitsProcessorList(custom)})
+        processors.append(LatentLogitsProcessor(state))
         return processors
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:

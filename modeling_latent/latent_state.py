@@ -221,7 +221,6 @@ class LatentState:
             self._start(input_ids)
         position = input_ids.shape[1]
         self._ensure(position + 1)
-        scores = self.suppress(scores)
         if not self.strategy.opens_span:
             return scores
         step, pending, forced = self._begin(input_ids, scores, position)

@@ -12,7 +12,7 @@ from modeling_latent import LatentProcessor
 
 from .data.llava import check_conversation
 from .data.llava_text import encode_conversation, expand_latent_placeholders, pad_batch, render_turns
-from .data.records import IMAGE_ERRORS, RECORD_FIELDS, RecordError, record_from_row, record_origin
+from .data.records import RECORD_FIELDS, RecordError, open_image, record_from_row, record_origin
 
 LATENT_FORMS = ("chain", "slots", "none")
 
@@ -77,7 +77,7 @@ class LatentSFTCollator:
         records = [record_from_row(_completed(row)) for row in rows]
         if self.latent_form == "none":
             records = [self._without_spans(record) for record in records]
-        images = [self._open(image, record) for record in records for image in record["images"] or []]
+        images = [open_image(image, record) for record in records for image in record["images"] or []]
         features = self._pixels(images, records)
         merge = self.processor.image_processor.merge_size**2 if images else 1
         counts = iter((features["image_grid_thw"].prod(dim=-1) // merge).tolist() if images else [])
@@ -94,10 +94,9 @@ class LatentSFTCollator:
     def _encode(self, record: Any, num_image_tokens: list[int]) -> dict[str, list[int]]:
         source, row = record_origin(record)
         tokens = self.processor.latent_tokens
-        if record["messages"] is None:
-            if self.latent_form == "chain" and not record["chain"]:
-                raise RecordError(source, row, "column 'chain' is missing; DWAL trains on its concepts: add the list")
-            check_conversation(record, source, row, require_chain=self.latent_form == "chain", latent_tokens=tokens)
+        if self.latent_form == "chain" and record["messages"] is None and not record["chain"]:
+            raise RecordError(source, row, "column 'chain' is missing; DWAL trains on its concepts: add the list")
+        check_conversation(record, source, row, require_chain=self.latent_form == "chain", latent_tokens=tokens)
         form = "slots" if self.latent_form == "slots" else "chain"
         turns = render_turns(record, tokens, form, self.num_slots)
         try:
@@ -120,17 +119,6 @@ class LatentSFTCollator:
                     reason = f"an image of {image.width}x{image.height} pixels cannot be processed ({error}); drop it"
                     raise RecordError(*record_origin(record), reason) from error
             raise
-
-    @staticmethod
-    def _open(image: Any, record: Any) -> Image.Image:
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        try:
-            with Image.open(image) as file:
-                return file.convert("RGB")
-        except IMAGE_ERRORS as error:
-            reason = f"image {str(image)!r} cannot be read ({error}); fix the path or the file"
-            raise RecordError(*record_origin(record), reason) from error
 
     def _without_spans(self, record: Any) -> Any:
         """The record with responses that hold neither placeholders nor written-out spans."""

@@ -1,10 +1,10 @@
 """The one file that touches TRL's fused LM head: an extra loss inside the wrapped forward, on supervised rows only.
 
 TRL replaces `model.forward` on the instance and, in training, calls the backbone and multiplies its hidden states
-with the
-LM head in chunks. [`add_latent_loss`] wraps that forward once more. During the call a hook on the backbone hands the
-supervised hidden states on (only those meet the LM head, on every device) and keeps all of them for the latent loss,
-which is computed inside the same forward, so that DDP, ZeRO and FSDP see every parameter where they expect it.
+with the LM head in chunks. [`add_latent_loss`] wraps that forward once more. During the call a hook on the backbone
+hands the supervised hidden states on (only those meet the LM head, on every device) and keeps all of them for the
+latent loss, which is computed inside the same forward, so that DDP, ZeRO and FSDP see every parameter where they
+expect it.
 """
 
 import functools

@@ -8,6 +8,7 @@ from trl import SFTTrainer
 
 from .collators import LatentSFTCollator
 from .configs import LatentSFTConfig
+from .data.records import RECORD_FIELDS
 from .latent_forward import LatentFusedOutput, add_latent_loss
 from .objectives import build_objective
 
@@ -16,8 +17,8 @@ class LatentSFTTrainer(SFTTrainer):
     """Supervised training of latent reasoning, for every method that has an objective (`trainers/objectives.py`).
 
     Total loss = cross entropy + `latent_loss_weight` * latent loss, both means over the micro-batch, as in the
-    published
-    LASER code. Only supervised positions meet the LM head. PEFT, DDP, ZeRO and gradient accumulation work as in TRL.
+    published LASER code. Only supervised positions meet the LM head. PEFT, DDP, ZeRO and gradient accumulation work as
+    in TRL.
 
     Logged: `loss_total`, `loss_ce`, `loss_latent` (means over the micro-batches since the last log, over all ranks)
     and the objective's ratios (sums of numerators over sums of denominators), each with prefix `eval_` in evaluation.
@@ -45,14 +46,23 @@ class LatentSFTTrainer(SFTTrainer):
         data_collator: Any = None,
         **kwargs: Any,
     ) -> None:
-        if processing_class is None:
-            raise ValueError("LatentSFTTrainer needs processing_class, the LatentProcessor saved beside the model")
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _check_columns(name, dataset, args.latent_form)
+        if not isinstance(args, LatentSFTConfig):
+            raise ValueError(
+                f"args must be a LatentSFTConfig, got {type(args).__name__}; build it from the same options"
+            )
+        if not hasattr(processing_class, "latent_token_id"):
+            raise ValueError(
+                f"processing_class must be the LatentProcessor saved beside the model, got "
+                f"{type(processing_class).__name__}; load it with LatentProcessor.from_pretrained(folder)"
+            )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func would replace the latent loss; register an objective instead")
         if data_collator is None:
             data_collator = LatentSFTCollator(
                 processing_class, args.latent_form, args.num_slots, args.pad_to_multiple_of
             )
+            for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+                _check_dataset(name, dataset, args, data_collator)
         super().__init__(
             model=model,
             args=args,
@@ -65,6 +75,7 @@ class LatentSFTTrainer(SFTTrainer):
         base = self.accelerator.unwrap_model(self.model)
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
         self.objective = build_objective(args, base.config)
+        _check_token_ids(base.config, processing_class)
         self._latent_totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         add_latent_loss(base, self.objective)
 
@@ -77,14 +88,13 @@ class LatentSFTTrainer(SFTTrainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             hook.remove()
-        loss, output = (result[0] if return_outputs else result), kept[0]
-        ce = loss.detach()
-        latent = output.latent_loss
-        if num_items_in_batch is not None:  # the trainer does not divide by the accumulation steps then
-            latent = latent / self.current_gradient_accumulation_steps
+        ce, output = (result[0] if return_outputs else result), kept[0]
+        # With a number of items the terms are parts of a sum over the accumulation steps, else means of their own.
+        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        loss = ce
         if self.args.latent_loss_weight > 0:
-            loss = loss + self.args.latent_loss_weight * latent
-        self._add_totals(loss.detach(), ce, latent.detach(), output.latent_sums)
+            loss = ce + self.args.latent_loss_weight * output.latent_loss / steps
+        self._add_totals(loss.detach() * steps, ce.detach() * steps, output.latent_loss.detach(), output.latent_sums)
         return (loss, result[1]) if return_outputs else loss
 
     def _add_totals(self, total: torch.Tensor, ce: torch.Tensor, latent: torch.Tensor, sums: torch.Tensor) -> None:
@@ -108,18 +118,38 @@ class LatentSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-def _check_columns(name: str, dataset: Any, latent_form: str) -> None:
-    """Refuse a data set without the columns that the collator reads."""
-    columns = getattr(dataset, "column_names", None)
-    if dataset is None or columns is None or isinstance(dataset, dict):
+def _check_token_ids(config: Any, processor: Any) -> None:
+    """Refuse a processor whose latent tokens are not those of the model: no span would be found, without a word."""
+    for name in ("latent_start_token_id", "latent_token_id", "latent_end_token_id"):
+        expected, found = getattr(config, name), getattr(processor, name)
+        if expected != found:
+            raise ValueError(
+                f"{name} is {expected} in the model and {found} in processing_class; load both from the same folder"
+            )
+
+
+def _check_dataset(name: str, dataset: Any, args: LatentSFTConfig, collator: LatentSFTCollator) -> None:
+    """Refuse an empty data set, one without the columns that the collator reads, and one whose first row is bad."""
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            _check_dataset(f"{name}[{key!r}]", part, args, collator)
         return
-    needed = ["images", "question", "answer"] + (["chain"] if latent_form == "chain" else [])
-    missing = [column for column in needed if column not in columns]
-    if missing and "messages" not in columns or ("chain" in missing and latent_form == "chain"):
-        raise ValueError(
-            f"{name} has the columns {sorted(columns)} but lacks {missing} (latent_form={latent_form!r}); make "
-            "it with a reader of trainers.data (read_source, maze_dataset) or add the columns"
-        )
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None:
+        needed = ["images"] + ([] if "messages" in columns else ["question", "answer"])
+        needed += ["chain"] if args.latent_form == "chain" else []
+        missing, unknown = [c for c in needed if c not in columns], sorted(set(columns) - set(RECORD_FIELDS))
+        if missing or unknown:
+            raise ValueError(
+                f"{name} has the columns {sorted(columns)}: missing {missing} (latent_form={args.latent_form!r}), "
+                f"unknown {unknown}; make it with a reader of trainers.data (read_source, maze_dataset), or add, "
+                "rename or remove columns"
+            )
+    if hasattr(dataset, "__iter__"):
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"{name} is empty; look at what its reader reported")
+        collator([first])
 
 
 __all__ = ["LatentSFTTrainer"]

@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+for _part in ("data", "decoding", "losses"):
+    pytest.register_assert_rewrite(f"tests.golden.laser_{_part}")
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

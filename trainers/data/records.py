@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from PIL.Image import DecompressionBombError
+from PIL import Image as PILImage
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 LISTED_BAD_ROWS = 10
 # What Pillow raises for a file that is missing, damaged or far too large.
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, DecompressionBombError)
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError)
 DEFAULT_MAX_BAD_SHARE = 0.01
 
 
@@ -225,9 +225,7 @@ def _check_strings(values: Any, name: str, source: str | os.PathLike, row: int |
 def _check_images(images: Any, name: str, source: str | os.PathLike, row: int | None) -> None:
     if images is None:
         return
-    from PIL import Image
-
-    wrong = [image for image in images if not isinstance(image, str | os.PathLike | Image.Image)]
+    wrong = [image for image in images if not isinstance(image, str | os.PathLike | PILImage.Image)]
     if wrong:
         raise RecordError(
             source, row, f"{name} must hold PIL images or paths, got {type(wrong[0]).__name__}: {wrong[0]!r:.80}"
@@ -347,6 +345,22 @@ def _decode_image(image: Any, record: Mapping[str, Any]) -> Any:
         return Image().decode_example(image)
     except IMAGE_ERRORS as error:
         raise RecordError(*record_origin(record), f"the bytes of an image cannot be read ({error})") from error
+
+
+def open_image(image: Any, record: Mapping[str, Any]) -> PILImage.Image:
+    """An image of a record, opened if it is a path, as RGB.
+
+    Raises:
+        RecordError: names file and row of the record whose image cannot be read.
+    """
+    if isinstance(image, PILImage.Image):
+        return image.convert("RGB")
+    try:
+        with PILImage.open(image) as file:
+            return file.convert("RGB")
+    except IMAGE_ERRORS as error:
+        reason = f"image {str(image)!r} cannot be read ({error}); fix the path or the file"
+        raise RecordError(*record_origin(record), reason) from error
 
 
 def records_to_dataset(records: Iterable[Record], decode: bool = True) -> "Dataset":

@@ -4,15 +4,10 @@ One comparison, `assert_same_decoding`, takes the traces of the naive decoder (r
 library's `generate` (batched and left padded, as published). Ids, latent flags and rotary positions must be equal,
 vectors within 1e-4.
 
-The vectors are read from the folder named by LATENT_GOLDEN_DIR (default: `../shared/golden` beside the repository).
+Collected by `test_laser.py`.
 """
 
-import importlib
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,23 +21,22 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+from modeling_latent import LatentQwen2_5_VLForConditionalGeneration as LatentModel
+from tests.golden.conftest import each, golden_dir, golden_json
 from tests.naive import NaiveResult, naive_generate
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = Path(os.environ.get("LATENT_GOLDEN_DIR", ROOT.parent / "shared" / "golden")) / "laser"
-if not GOLDEN.is_dir():
-    pytest.skip("the golden vectors are absent: set LATENT_GOLDEN_DIR", allow_module_level=True)
-
-CASES: list[dict[str, Any]] = json.loads((GOLDEN / "decode_cases.json").read_text())
-SPECIAL_IDS: dict[str, int] = json.loads((GOLDEN / "manifest.json").read_text())["files"]["decode.safetensors"][
-    "special_ids"
-]
-START, SLOT, END = (SPECIAL_IDS[name] for name in ("laser_start_id", "laser_id", "laser_end_id"))
-EOS, PAD, IMAGE = (SPECIAL_IDS[name] for name in ("eos", "pad", "image"))
+FOLDER = golden_dir("laser")
+TENSOR_FILE = "decode.safetensors"
+CASES: list[dict[str, Any]] = golden_json(FOLDER, "decode_cases.json", []) if (FOLDER / TENSOR_FILE).is_file() else []
+SPECIAL_IDS: dict[str, int] = (
+    golden_json(FOLDER, "manifest.json")["files"][TENSOR_FILE]["special_ids"] if CASES else {}
+)
+START, SLOT, END = (SPECIAL_IDS.get(name) for name in ("laser_start_id", "laser_id", "laser_end_id"))
+EOS, PAD, IMAGE = (SPECIAL_IDS.get(name) for name in ("eos", "pad", "image"))
 TOLERANCE = 1e-4  # of the manifest, absolute
 TOPK_TOLERANCE = 1e-5
 
-per_case = pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+per_case = each("case", CASES, ids=lambda case: case["name"])
 
 
 # What both decoders are asked
@@ -60,7 +54,7 @@ class Prompt:
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / "decode.safetensors")
+    return load_file(FOLDER / TENSOR_FILE)
 
 
 def read_prompt(case: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Prompt:
@@ -231,7 +225,7 @@ def slot_numbers(is_latent: list[bool]) -> list[int]:
 @pytest.fixture(scope="module")
 def stock_model() -> Qwen2_5_VLForConditionalGeneration:
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        GOLDEN / "tiny_model", dtype=torch.float32, attn_implementation="eager"
+        FOLDER / "tiny_model", dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval()
 
@@ -334,34 +328,17 @@ def test_naive_decoder_reproduces_the_vectors(
 # The library, batched and left padded as published
 
 
-def _latent_module() -> ModuleType | None:
-    try:
-        module = importlib.import_module("modeling_latent")
-    except ModuleNotFoundError as error:
-        if error.name != "modeling_latent":
-            raise
-        return None
-    return module if hasattr(module, "LatentQwen2_5_VLForConditionalGeneration") else None
-
-
-needs_library = pytest.mark.skipif(
-    _latent_module() is None, reason="modeling_latent has no LatentQwen2_5_VLForConditionalGeneration yet"
-)
-
-
 @pytest.fixture(scope="module")
 def library_model() -> torch.nn.Module:
     """The same folder in the library's class; the marker ids are those that the checkpoint names `laser_*_id`."""
-    from modeling_latent import LatentQwen2_5_VLForConditionalGeneration as LatentModel
-
     config = LatentModel.config_class.from_stock(
-        Qwen2_5_VLConfig.from_pretrained(GOLDEN / "tiny_model"),
+        Qwen2_5_VLConfig.from_pretrained(FOLDER / "tiny_model"),
         latent_start_token_id=START,
         latent_token_id=SLOT,
         latent_end_token_id=END,
     )
     model = LatentModel.from_pretrained(
-        GOLDEN / "tiny_model", config=config, dtype=torch.float32, attn_implementation="eager"
+        FOLDER / "tiny_model", config=config, dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval()
 
@@ -452,7 +429,6 @@ def library_decoding(case: dict[str, Any], model: torch.nn.Module, prompt: Promp
     return decoding
 
 
-@needs_library
 @per_case
 def test_library_reproduces_the_vectors(
     case: dict[str, Any], tensors: dict[str, torch.Tensor], library_model: torch.nn.Module
