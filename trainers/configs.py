@@ -8,6 +8,7 @@ from trl import SFTConfig
 
 from .collators import check_layout
 from .data.records import DEFAULT_MAX_BAD_SHARE
+from .exposure import LatentExposure
 from .losses.dwal import DwalOptions
 
 # Options of trl.SFTConfig that have no meaning here, and why.
@@ -44,6 +45,14 @@ class LatentSFTConfig(SFTConfig):
     )
     num_slots: int | None = field(
         default=None, metadata={"help": "Slots per span with latent_form='slots'; default: as many as the record has."}
+    )
+    latent_exposure: str = field(
+        default="text",
+        metadata={"help": "What is fed at latent positions: 'text' (published method) or 'own' hidden states."},
+    )
+    latent_exposure_prob: float = field(default=1.0, metadata={"help": "Share of rows fed their own hidden states."})
+    latent_exposure_passes: int = field(
+        default=1, metadata={"help": "Passes without gradient; after n of them the first n latents are exact."}
     )
     max_bad_share: float = field(
         default=DEFAULT_MAX_BAD_SHARE, metadata={"help": "The run stops when more than this share of records is bad."}
@@ -94,6 +103,11 @@ class LatentSFTConfig(SFTConfig):
                 f"max_bad_share={self.max_bad_share!r} must be between 0 and 1; 0.01 allows one bad row in a hundred"
             )
         self.dwal_options()
+        self.exposure()
+
+    def exposure(self) -> LatentExposure:
+        """The `latent_exposure*` fields."""
+        return LatentExposure(self.latent_exposure, self.latent_exposure_prob, self.latent_exposure_passes)
 
     def _check_refused(self) -> None:
         """Options of `trl.SFTConfig` that would be ignored here, or train something else than the method."""

@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, maybe_gather_lm_head_ctx
 
+from .exposure import LatentExposure
+
 _TRL_PARAMETERS = {"fused_lm_head", "labels", "shift_labels"}
 
 
@@ -49,6 +51,10 @@ class LatentObjective(Protocol):
 
     def ce_labels(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:
         """Labels `(batch, length)` for the cross-entropy term."""
+        ...
+
+    def fed_positions(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
+        """Positions `(batch, length)` that are fed by a latent at inference."""
         ...
 
     def loss(self, model: PreTrainedModel, hidden_states: torch.Tensor, inputs: dict[str, Any]) -> LatentLoss:
@@ -84,20 +90,28 @@ def check_trl_fused_head() -> None:
         )
 
 
-def add_latent_loss(model: PreTrainedModel, objective: LatentObjective) -> None:
+def add_latent_loss(
+    model: PreTrainedModel, objective: LatentObjective, exposure: LatentExposure | None = None
+) -> None:
     """Wrap the instance's forward (already wrapped by TRL) so that it also returns the objective's loss.
 
     Args:
         model: the unwrapped head class whose `forward` TRL replaced; with PEFT the base model inside.
         objective: the method's loss.
+        exposure: what is fed at latent positions; default: the tokens.
 
     Raises:
         RuntimeError: TRL's fused head is absent or has another form.
     """
     check_trl_fused_head()
+    exposure = exposure or LatentExposure()
     fused_forward = model.forward
     if "forward" not in vars(model):
         raise RuntimeError("model.forward was not wrapped by TRL's add_fused_lm_head; build the trainer first")
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        # PEFT's trainable tokens wrap a tied head: it has the merged weight but no bias, and TRL reads both.
+        head.bias = getattr(head.original_module, "bias", None)
 
     @functools.wraps(type(model).forward)
     def forward(
@@ -106,6 +120,7 @@ def add_latent_loss(model: PreTrainedModel, objective: LatentObjective) -> None:
         if not fused_lm_head:
             return fused_forward(*args, **({} if labels is None else {"labels": labels}), **kwargs)
         kept: dict[str, torch.Tensor] = {}
+        kwargs.update(exposure.inputs(self, objective.fed_positions(kwargs["input_ids"]), kwargs))
         targets = objective.ce_labels(kwargs["input_ids"], labels)[:, 1:]
         hook = self.base_model.register_forward_hook(_keep_supervised(kept, targets), with_kwargs=False)
         try:

@@ -67,6 +67,9 @@ class LaserObjective:
     def ce_labels(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:
         return mask_region_labels(labels, self._rows(input_ids))
 
+    def fed_positions(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
+        return self._rows(input_ids).region_mask & (input_ids != self.end_id)
+
     def loss(self, model: PreTrainedModel, hidden_states: torch.Tensor, inputs: dict[str, Any]) -> LatentLoss:
         rows = self._rows(inputs["input_ids"].masked_fill(inputs["input_ids"] == self.slot_id, self.end_id))
         with gathered_lm_head(model) as (weight, bias):

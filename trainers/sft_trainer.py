@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
+from .checkpoints import accept_saved_names
 from .collators import LatentSFTCollator
 from .configs import LatentSFTConfig
 from .data.records import RECORD_FIELDS
@@ -73,11 +74,14 @@ class LatentSFTTrainer(SFTTrainer):
             **kwargs,
         )
         base = self.accelerator.unwrap_model(self.model)
-        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        if hasattr(base, "get_base_model"):
+            base = base.get_base_model()
+        else:  # PEFT resumes from its adapter files
+            accept_saved_names(base)
         self.objective = build_objective(args, base.config)
         _check_token_ids(base.config, processing_class)
         self._latent_totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
-        add_latent_loss(base, self.objective)
+        add_latent_loss(base, self.objective, args.exposure())
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -232,6 +232,7 @@ def tiny_qwen2_5_vl_config(
     window_size: int = 112,
     max_position_embeddings: int = 4096,
     rope_theta: float = 1_000_000.0,
+    initializer_range: float = 0.02,
     tie_word_embeddings: bool = False,
 ) -> Qwen2_5_VLConfig:
     """Configuration of a small stock Qwen2.5-VL whose token ids are those of `tokenizer`.
@@ -242,6 +243,9 @@ def tiny_qwen2_5_vl_config(
         tokenizer: one of [`build_tiny_tokenizer`], or any with the special tokens of Qwen2.5-VL.
         intermediate_size, vision_intermediate_size: `None` means twice the hidden size.
         window_size: side of the windows of the vision tower in pixels; its last layer attends everywhere.
+        rope_theta: base of the rotary frequencies. Narrow heads need a small one: with the stock value the slow
+            frequencies, which carry the width, cannot tell neighbouring columns apart.
+        initializer_range: standard deviation of the initial weights, of both towers.
 
     The rotary sections (time, height, width) keep the shares of the stock model: 1/4, 3/8, 3/8 of half a head.
 
@@ -276,6 +280,7 @@ def tiny_qwen2_5_vl_config(
         "num_key_value_heads": num_kv_heads,
         "max_position_embeddings": max_position_embeddings,
         "rms_norm_eps": 1e-6,
+        "initializer_range": initializer_range,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": rope_theta,
@@ -290,6 +295,7 @@ def tiny_qwen2_5_vl_config(
         "num_heads": vision_num_heads,
         "out_hidden_size": hidden_size,
         "window_size": window_size,
+        "initializer_range": initializer_range,
         "fullatt_block_indexes": [vision_depth - 1],
     }
     return Qwen2_5_VLConfig(

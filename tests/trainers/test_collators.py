@@ -244,7 +244,7 @@ BAD: dict[str, tuple[Callable[[Path], Record], str]] = {
     ),
     "image token in the text": (lambda _: scene(question="a <|image_pad|>"), r"image token <\|image_pad\|>"),
     "no answer": (lambda _: scene(answer=None), "answer must be a string, got None"),
-    "no images column": (lambda _: scene(images=None), "images must be a list"),
+    "no images column": (lambda _: {**scene(), "images": None}, "images must be a list"),
 }
 
 
