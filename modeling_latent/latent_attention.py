@@ -7,6 +7,7 @@ transformers, by one that computes the softmax for the chosen rows only and then
 tower keeps its own attention.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,6 +142,4 @@ def capture_attention_rows(
 
 def _eager_of(module: nn.Module) -> Any:
     """The eager attention function of the module's own file."""
-    import sys
-
     return sys.modules[type(module).__module__].eager_attention_forward

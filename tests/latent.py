@@ -64,7 +64,7 @@ def tiny_pair(
 
 
 class ScriptProcessor(LogitsProcessor):
-    """Per prompt, at the scripted steps, all scores but one token's become -inf: the same as `script` of the naive decoder.
+    """Per prompt, at the scripted steps, all scores but one token's become -inf, as by `script` of the naive decoder.
 
     Args:
         scripts: one `step -> token` per prompt; beams and returned sequences of a prompt share it.

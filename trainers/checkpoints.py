@@ -1,8 +1,8 @@
 """The one file that touches how transformers names tensors on disk: what makes a run resume with the right weights.
 
-`save_pretrained` writes the names of the published checkpoints (`visual.*`, `model.layers.*`), `from_pretrained` renames
-them, but `Trainer` resumes (and loads its best checkpoint) with a plain `load_state_dict(..., strict=False)`: of a
-Qwen2.5-VL it would take the LM head alone, with a warning, and train on from the initial weights.
+`save_pretrained` writes the names of the published checkpoints (`visual.*`, `model.layers.*`) and `from_pretrained`
+renames them, but `Trainer` resumes, and loads its best checkpoint, with a plain `load_state_dict(..., strict=False)`:
+of a Qwen2.5-VL it would take the LM head alone, with a warning, and train on from the initial weights.
 """
 
 from typing import Any
