@@ -32,10 +32,10 @@ class LatentExposure:
     def __post_init__(self) -> None:
         if self.kind not in EXPOSURES:
             raise ValueError(f"latent_exposure={self.kind!r} is unknown; choose one of {list(EXPOSURES)}")
-        if not 0 < self.prob <= 1:
-            raise ValueError(f"latent_exposure_prob={self.prob} must be above 0 and at most 1; use 'text' for 0")
-        if self.passes < 1:
-            raise ValueError(f"latent_exposure_passes={self.passes} must be at least 1")
+        if isinstance(self.prob, bool) or not isinstance(self.prob, (int, float)) or not 0 < self.prob <= 1:
+            raise ValueError(f"latent_exposure_prob={self.prob!r} must be above 0 and at most 1; use 'text' for 0")
+        if isinstance(self.passes, bool) or not isinstance(self.passes, int) or self.passes < 1:
+            raise ValueError(f"latent_exposure_passes={self.passes!r} must be an integer of at least 1")
 
     def inputs(
         self, model: PreTrainedModel, positions: torch.BoolTensor, inputs: dict[str, Any]

@@ -13,7 +13,7 @@ from evaluation.statistics import wilson_interval
 from modeling_latent import LatentProcessor, LatentQwen2_5_VLForConditionalGeneration
 from tests.latent import liven, tiny_latent_model
 from tests.tiny import tiny_images, tiny_processor, tiny_stock_model
-from trainers.data.mazes import chance_level, maze_dataset, maze_of_record, maze_record
+from trainers.data.mazes import chance_level, maze_dataset, maze_of_record
 from trainers.data.records import Record, RecordError, make_record, record_from_row
 
 
@@ -130,7 +130,7 @@ def test_rows_of_a_table_records_and_paths_are_the_same(
         paths.append({**record, "images": [str(tmp_path / f"{i}.png")]})
     first, second, third = (predict(model, processor, given, max_new_tokens=8) for given in (rows, plain, paths))
     assert first == second == third and first[0].id == rows[0]["id"]
-    with pytest.raises(RecordError, match="generated mazes|record 'maze-test.*gone.png' cannot be read"):
+    with pytest.raises(RecordError, match="record 'maze-test-2-0', row 0: .*gone.png' cannot be read"):
         predict(model, processor, [{**plain[0], "images": [str(tmp_path / "gone.png")]}])
 
 
@@ -140,7 +140,9 @@ def test_options_instruction_and_mode(
     (asked,) = predict(model, processor, [records[3]], max_new_tokens=9, instruction=" Answer with one word.")
     longer = {**records[3], "question": records[3]["question"] + " Answer with one word."}
     assert asked == predict(model, processor, [longer], max_new_tokens=9)[0]
-    assert build_prompt(processor, records[3]) in build_prompt(processor, records[3], "").replace(" Answer", "")
+    assert build_prompt(processor, records[3], " Please.") == build_prompt(processor, records[3]).replace(
+        f"{records[3]['question']}<|im_end|>", f"{records[3]['question']} Please.<|im_end|>"
+    )
     torch.manual_seed(0)
     sampled = predict(model, processor, records, max_new_tokens=9, do_sample=True, latent_strategy="off")
     assert [p.text for p in sampled] != [
@@ -237,8 +239,3 @@ def test_the_benchmark_runs_a_model(
     report = evaluate_mazes("untrained", model, processor, mazes, batch_size=3, max_new_tokens=12)
     assert [p.id for p in report.predictions] == [row["id"] for row in mazes] and len(report.correct) == 8
     assert report.line().count("%") == 1 and "latent steps 4.0" in report.line()
-
-
-def test_the_picture_of_a_record_does_not_change_its_score() -> None:
-    record = maze_record(maze_of_record(next(iter(maze_dataset(1, seed=4, sizes=(3,))))))
-    assert maze_of_record(record) == maze_of_record({**record, "images": []})

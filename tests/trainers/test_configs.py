@@ -10,6 +10,7 @@ from trl import SFTConfig, TrlParser
 
 from tests.latent import tiny_latent_model
 from trainers import LatentSFTConfig
+from trainers.exposure import LatentExposure
 from trainers.losses.dwal import DwalOptions
 from trainers.objectives import build_objective
 
@@ -56,6 +57,12 @@ def test_each_option_reaches_the_loss(name: str, make: Any) -> None:
     assert objective.options == DwalOptions(**{name.removeprefix("dwal_"): value}) != DwalOptions()
 
 
+def test_the_exposure_is_built_from_its_fields(make: Any) -> None:
+    assert make().exposure() == LatentExposure("text", 1.0, 1)
+    options = {"latent_exposure": "own", "latent_exposure_prob": 0.25, "latent_exposure_passes": 3}
+    assert make(**options).exposure() == LatentExposure("own", 0.25, 3)
+
+
 def test_every_field_has_a_help_text() -> None:
     for field in dataclasses.fields(LatentSFTConfig):
         if field.name in OWN:
@@ -76,6 +83,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_slots": 0, "latent_form": "slots"}, "num_slots=0 .*at least 1"),
     ({"num_slots": -2, "latent_form": "slots"}, "num_slots=-2 .*at least 1"),
     ({"num_slots": 2.5, "latent_form": "slots"}, "num_slots=2.5 .*integer of at least 1"),
+    ({"latent_exposure": "oracle"}, r"latent_exposure='oracle' is unknown; choose one of \['text', 'own'\]"),
+    ({"latent_exposure_prob": 0.0}, "latent_exposure_prob=0.0 must be above 0 and at most 1; use 'text' for 0"),
+    ({"latent_exposure_prob": 1.1}, "latent_exposure_prob=1.1 must be above 0 and at most 1"),
+    ({"latent_exposure_prob": "half"}, "latent_exposure_prob='half' must be above 0 and at most 1"),
+    ({"latent_exposure_passes": 0}, "latent_exposure_passes=0 must be an integer of at least 1"),
+    ({"latent_exposure_passes": 1.5}, "latent_exposure_passes=1.5 must be an integer of at least 1"),
     ({"max_bad_share": -0.01}, "max_bad_share=-0.01 must be between 0 and 1"),
     ({"max_bad_share": 1.5}, "max_bad_share=1.5 must be between 0 and 1"),
     ({"max_bad_share": "1%"}, "max_bad_share='1%' must be between 0 and 1"),

@@ -194,6 +194,9 @@ def test_a_new_method_is_an_objective_of_its_own(monkeypatch: pytest.MonkeyPatch
         def ce_labels(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return labels
 
+        def fed_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+
         def loss(self, model: Any, hidden_states: torch.Tensor, inputs: dict[str, Any]) -> LatentLoss:
             assert {"input_ids", "labels", "attention_mask"} <= set(inputs)
             return LatentLoss(self.scale * hidden_states.square().mean(), {})

@@ -21,6 +21,7 @@ from tests.tiny import tiny_images, tiny_processor, tiny_stock_model
 from trainers import LatentSFTCollator, LatentSFTConfig, LatentSFTTrainer
 from trainers.data.mazes import maze_dataset, maze_stream
 from trainers.data.records import Record, RecordError, make_record, record_to_row, records_to_dataset
+from trainers.losses.dwal import DwalOptions, dwal_loss, find_latent_rows
 
 METRICS = ("loss_total", "loss_ce", "loss_latent", "confused_ratio", "last_concept_ratio")
 SHARP = 8.0
@@ -104,9 +105,12 @@ def naive_row(z: torch.Tensor, window: list[int], columns: list[int], loss_type:
     return loss, 1, confused, bool(q.argmax() == len(window) - 1)
 
 
-def naive_losses(model: Any, inputs: dict[str, torch.Tensor], loss_type: str = "weighted_ce") -> dict[str, Any]:
+def naive_losses(
+    model: Any, inputs: dict[str, torch.Tensor], loss_type: str = "weighted_ce", **fed: torch.Tensor
+) -> dict[str, Any]:
     """Cross entropy outside the chain, DWAL and its counts, from the logits of every position."""
-    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits
+    unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**unlabelled, **fed, use_cache=False).logits
     start, end = model.config.latent_start_token_id, model.config.latent_end_token_id
     ce, rows = [], []
     for b, ids in enumerate(inputs["input_ids"].tolist()):
@@ -153,6 +157,32 @@ def test_loss_and_gradients_equal_the_full_logits(
     assert 0 < naive["confused"] < naive["wide"]
 
 
+def test_own_latents_are_fed_in_training_only(processor: LatentProcessor, tmp_path: Path) -> None:
+    plain, data = laser_model(SHARP).train(), records_to_dataset(scenes())
+    trainer = build(tmp_path, processor, data, copy.deepcopy(plain), latent_exposure="own")
+    inputs = trainer.data_collator(scenes())
+    ids, config = inputs["input_ids"], plain.config
+    inside = (ids == config.latent_start_token_id).cumsum(1) - (ids == config.latent_end_token_id).cumsum(1) == 1
+    inside &= ids != config.latent_start_token_id
+    with torch.no_grad():
+        hidden = plain.model(**{name: value for name, value in inputs.items() if name != "labels"}).last_hidden_state
+        text = naive_losses(plain, inputs)
+    shifted = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)
+    naive = naive_losses(plain, inputs, latent_embeds=shifted, latent_mask=inside)
+    expected = naive["ce"] + naive["latent"]
+    expected.backward()
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.isclose(loss, text["ce"] + text["latent"], rtol=1e-4)
+    found = dict(trainer.model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+    trainer.model.eval()
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(inputs)), text["ce"] + text["latent"])
+
+
 @pytest.mark.parametrize("window", [1, 2, None])
 def test_options_of_the_config_change_the_loss_as_the_loss_function_says(
     window: int | None, processor: LatentProcessor, tmp_path: Path
@@ -165,8 +195,6 @@ def test_options_of_the_config_change_the_loss_as_the_loss_function_says(
     }
     trainer = build(tmp_path, processor, records_to_dataset(scenes()), laser_model(SHARP), **options)
     inputs = trainer.data_collator(scenes())
-    from trainers.losses.dwal import DwalOptions, dwal_loss, find_latent_rows
-
     config = trainer.model.config
     ids = inputs["input_ids"]
     rows = find_latent_rows(ids, config.latent_start_token_id, config.latent_end_token_id, window)

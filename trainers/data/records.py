@@ -6,6 +6,7 @@ needs. The fields are those of "Forest Before Trees: Latent Superposition for Ef
 distilled ones (teacher).
 """
 
+import itertools
 import json
 import logging
 import os
@@ -25,6 +26,8 @@ LISTED_BAD_ROWS = 10
 # What Pillow raises for a file that is missing, damaged or far too large.
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError)
 DEFAULT_MAX_BAD_SHARE = 0.01
+# A table is built in parts of so many rows: only the rows of a part are held as Python objects.
+_ROWS_AT_A_TIME = 10_000
 
 
 class Box(TypedDict):
@@ -373,9 +376,15 @@ def records_to_dataset(records: Iterable[Record], decode: bool = True) -> "Datas
     Raises:
         RecordError: for the first record with a wrong field.
     """
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
 
-    return Dataset.from_list([record_to_row(record) for record in records], features=record_features(decode))
+    features, iterator = record_features(decode), iter(records)
+    parts = []
+    while rows := [record_to_row(record) for record in itertools.islice(iterator, _ROWS_AT_A_TIME)]:
+        parts.append(Dataset.from_list(rows, features=features))
+    if not parts:
+        return Dataset.from_dict({name: [] for name in features}, features=features)
+    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def record_from_row(row: Mapping[str, Any]) -> Record:
