@@ -2,9 +2,9 @@
 
     python examples/train_tiny_base.py --output_dir hub_configs/maze-tiny/base --vsp_dir ../shared/data/vsp_maze
 
-It learns to describe a map and to answer with a plan directly (no chain), on 3x3 mazes first and up to 6x6, and stands
-in for the stock checkpoint that a real run starts from. It is committed in `hub_configs/maze-tiny/base`, so that the
-quickstart downloads nothing.
+It learns to describe a map, to name the cells of a path and to answer with a plan (each directly), on 3x3 mazes
+first and up to 6x6. It stands in for the stock checkpoint that a real run starts from, and is committed in
+`hub_configs/maze-tiny/base`, so that the quickstart downloads nothing.
 """
 
 import argparse
@@ -31,6 +31,7 @@ SIZES = (3, 4, 5, 6)
 CELLS = [cell_name(cell) for cell in itertools.product(range(max(SIZES)), repeat=2)]
 TILES = ["elf", "gift", "hole", "ice"]
 DESCRIBE = "Describe the map row by row."
+NAME_CELLS = "Name the cells of a path from the elf to the gift."
 DIALOGUE = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     "{}<|im_end|>\n<|im_start|>assistant\n<answer>D R R</answer><|im_end|>\n"
@@ -39,7 +40,7 @@ DIALOGUE = (
 
 def save_untrained_base(folder: str, seed: int) -> None:
     """A stock checkpoint folder with random weights; cell names, tiles and moves are single tokens."""
-    texts = [DIALOGUE.format(question) for question in (QUESTION, DESCRIBE)] * 50
+    texts = [DIALOGUE.format(question) for question in (QUESTION, DESCRIBE, NAME_CELLS)] * 50
     tokenizer = build_tiny_tokenizer(texts, vocab_size=560, words=[*CELLS, *TILES, *"LRUD"])
     image_processor = build_tiny_image_processor(min_pixels=28 * 28, max_pixels=28 * 28 * max(SIZES) ** 2)
     image_processor.image_mean, image_processor.image_std = [0.84, 0.92, 0.97], [0.2, 0.1, 0.1]  # of the tiles
@@ -67,7 +68,7 @@ def description(maze: Maze) -> str:
 
 
 class Lessons(torch.utils.data.IterableDataset):
-    """Records in training order: a batch holds mazes of one size, some to describe and the others to solve."""
+    """Records in training order: a batch holds mazes of one size, to describe or to solve."""
 
     def __init__(self, batch_size: int, max_steps: int, seed: int, exclude: frozenset[str]) -> None:
         self.batch_size, self.max_steps, self.seed = batch_size, max_steps, seed
@@ -80,12 +81,15 @@ class Lessons(torch.utils.data.IterableDataset):
         for step in range(self.max_steps):
             progress = step / self.max_steps
             size = rng.randint(3, 3 if progress < 0.12 else 4 if progress < 0.3 else 6)
-            share = 0.5 if progress < 0.5 else 0.25
+            weights = (4, 2, 4) if progress < 0.5 else (2, 4, 4)
             for index in range(step * self.batch_size, (step + 1) * self.batch_size):
                 maze = self.generators[size].maze(index)
                 record = maze_record(maze)
-                if rng.random() < share:
+                lesson = rng.choices(("describe", "cells", "plan"), weights)[0]
+                if lesson == "describe":
                     record.update(question=DESCRIBE, answer=description(maze))
+                elif lesson == "cells":
+                    record.update(question=NAME_CELLS, answer=" ".join(record["chain"]))
                 yield record
 
 

@@ -193,27 +193,24 @@ class LatentGenerationMixin(GenerationMixin):
 
         Args:
             trace: from `generate`, from [`LatentTrace.load`], or edited with `replace_slots`.
-            inputs: the image inputs of the same prompts (`pixel_values`, `image_grid_thw`, ...), one row per trace
-            row.
+            inputs: image inputs of the same prompts (`pixel_values`, `image_grid_thw`, ...), one row per trace row.
 
         Returns:
             Output of `forward` with logits `(B, T, V)`; `logits[:, p - 1]` chose position `p`.
+
+        Raises:
+            ValueError: when the inputs have another number of rows than the trace.
         """
         batch, length = trace.sequences.shape
-        mask = inputs.pop("attention_mask", None)
-        mask = trace.attention_mask if mask is None else mask
-        if mask is not None:
-            if mask.shape[0] != batch:
-                raise ValueError(
-                    f"attention_mask has {mask.shape[0]} rows, the trace {batch}; repeat the inputs per row"
-                )
-            mask = torch.cat([mask, mask.new_ones(batch, length - mask.shape[1])], dim=1)
-        types = inputs.pop("mm_token_type_ids", None)
-        if types is not None:
-            inputs["mm_token_type_ids"] = torch.cat([types, types.new_zeros(batch, length - types.shape[1])], dim=1)
+        inputs = {"attention_mask": trace.attention_mask, **inputs}
+        for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+            value = inputs.get(name)
+            if value is not None:
+                if value.shape[0] != batch:
+                    raise ValueError(f"{name} has {value.shape[0]} rows, the trace {batch}; repeat the inputs per row")
+                inputs[name] = torch.nn.functional.pad(value, (0, length - value.shape[1]), value=fill)
         return self(
             input_ids=trace.sequences,
-            attention_mask=mask,
             position_ids=trace.position_ids,
             latent_embeds=trace.latent_embeds,
             latent_mask=trace.latent_mask,
@@ -293,7 +290,8 @@ class LatentGenerationMixin(GenerationMixin):
             return super()._get_logits_processor(*args, **kwargs)
         state.prompt_length = kwargs["input_ids_seq_length"]
         custom = [*(kwargs.get("logits_processor") or []), LatentBanProcessor(state)]  # these run before the warpers
-        processors = super()._get_logits_processor(*args, **{**kwargs, "logits_processor": LogitsProcessorList(custom)})
+        kwargs["logits_processor"] = LogitsProcessorList(custom)
+        processors = super()._get_logits_processor(*args, **kwargs)
         processors.append(LatentLogitsProcessor(state))
         return processors
 
@@ -307,9 +305,10 @@ class LatentGenerationMixin(GenerationMixin):
         state = _state()
         if state is None:
             return super()._get_candidate_generator(*args, **kwargs)
-        ours = (LatentBanProcessor, LatentLogitsProcessor)  # they decide on the logits of this model only, not on drafts
-        processors = [processor for processor in kwargs["logits_processor"] if not isinstance(processor, ours)]
-        inner = super()._get_candidate_generator(*args, **{**kwargs, "logits_processor": LogitsProcessorList(processors)})
+        # Ours decide on the logits of this model: a generator that called them on drafts would change the state.
+        ours = (LatentBanProcessor, LatentLogitsProcessor)
+        others = [processor for processor in kwargs["logits_processor"] if not isinstance(processor, ours)]
+        inner = super()._get_candidate_generator(*args, **{**kwargs, "logits_processor": LogitsProcessorList(others)})
         assistant_config = getattr(inner, "generation_config", None)
         if assistant_config is not None:
             assistant_config.latent_strategy = "off"

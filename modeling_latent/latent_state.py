@@ -157,11 +157,10 @@ class LatentState:
             if vector is None:
                 if self._zeros is None or self._zeros.shape != (rows, 1, hidden):
                     self._zeros = torch.zeros(rows, 1, hidden, dtype=dtype, device=device)
-                return {"latent_embeds": self._zeros, "latent_mask": self.count[:, start : start + 1] > 0}
-            return {
-                "latent_embeds": vector.to(dtype).unsqueeze(1),
-                "latent_mask": self.count[:, start : start + 1] > 0,
-            }
+                fed = self._zeros
+            else:  # one set of strides at every step, or a compiled forward is compiled again
+                fed = vector.to(dtype).unsqueeze(1).clone(memory_format=torch.contiguous_format)
+            return {"latent_embeds": fed, "latent_mask": self.count[:, start : start + 1] > 0}
         embeds = torch.zeros(rows, new, hidden, dtype=dtype, device=device)
         mask = torch.zeros(rows, new, dtype=torch.bool, device=device)
         if self.prompt_latents is not None:
@@ -337,7 +336,7 @@ class LatentState:
         self.records[position] = _Record(step.is_slot, reason, step.said, vector, ids, probs)
 
     def suppress(self, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Text rows never write, and slots never say, an id that would be read as a latent; with `off` no span opens."""
+        """No row writes or says an id that would be read as a latent; with `off` no span opens either."""
         if self.readable_ids:
             return scores
         banned = [self.config.latent_token_id, self.config.latent_patch_token_id]
@@ -367,6 +366,8 @@ class LatentState:
             name: [] for name in ("index", "inputs", "outputs", "known", "said", "ids", "probs")
         }
         reasons: dict[tuple[int, int], str] = {}
+        if self.prompt_latents is not None:
+            self._pack_prompt(packed, sequences)
         for position in sorted(self.records):
             if position >= length:
                 continue
@@ -388,6 +389,19 @@ class LatentState:
             reasons,
         )
         return trace
+
+    def _pack_prompt(self, packed: dict, sequences: torch.LongTensor) -> None:
+        """Slots that stand in the prompt: their vectors are known, what they would have said and returned is not."""
+        index = self._prompt_mask(sequences[:, : self.prompt_length]).nonzero()
+        given, topk = self.prompt_latents[0], self.options.values.latent_topk
+        vectors = given[index[:, 0] // (sequences.shape[0] // given.shape[0]), index[:, 1]]
+        packed["index"].append(index)
+        packed["inputs"].append(vectors)
+        packed["outputs"].append(torch.zeros_like(vectors))
+        packed["known"].append(index.new_zeros(len(index), dtype=torch.bool))
+        packed["said"].append(sequences[index[:, 0], index[:, 1]])
+        packed["ids"].append(sequences.new_full((len(index), topk), -1))
+        packed["probs"].append(torch.zeros(len(index), topk, device=sequences.device))
 
     def _parents(self, output: Any, rows: int, length: int) -> torch.LongTensor:
         """`(rows, generated)` row of the running batch that wrote each id; -1 after the end of a beam."""
@@ -423,17 +437,18 @@ class LatentState:
         index = join("index", 2, dtype=torch.long)
         order = (index[:, 0] * sequences.shape[1] + index[:, 1]).argsort()
         topk = self.options.values.latent_topk
-        positions = self.position_ids[..., : sequences.shape[1]] if self.position_ids is not None else None
-        if positions is not None and positions.shape[1] != sequences.shape[0]:
-            positions = None  # beams: the running rows are not the returned ones
+        prompts = torch.arange(len(sequences), device=device) // (len(sequences) // self.num_prompts)
+        positions = self.position_ids
+        if positions is not None:  # under beam search the running rows are not the returned ones; a prompt's are equal
+            rows = prompts * (positions.shape[1] // self.num_prompts)
+            positions = positions[:, rows.to(positions.device), : sequences.shape[1]]
         values = {k: v for k, v in vars(self.options.values).items() if k != "latent_hook"}
         token_ids = {
             f"latent_{role}token_id": getattr(self.config, f"latent_{role}token_id") for role in ("", "start_", "end_")
         }
         mask = self.attention_mask
         if mask is not None:
-            prompts = mask[:: mask.shape[0] // self.num_prompts]
-            mask = prompts.repeat_interleave(sequences.shape[0] // self.num_prompts, dim=0)
+            mask = mask[prompts * (mask.shape[0] // self.num_prompts)]
         return LatentTrace(
             sequences=sequences,
             prompt_length=self.prompt_length,

@@ -48,9 +48,11 @@ class LatentTrace:
         slot_index: `(N, 2)` row and position of every slot, sorted.
         slot_inputs: `(N, H)` vector that entered the first layer at the slot (after noise and trace hook).
         slot_outputs: `(N, H)` final-norm hidden state at the slot.
-        has_output: `(N,)` false for a slot that decoding ended on: it was written but never fed.
-        readable_ids: `(N,)` id that the slot would have said.
-        topk_ids: `(N, k)` ids of the LM head's distribution at the position before the slot, best first.
+        has_output: `(N,)` false where the output is unknown: a slot that decoding ended on (written but never fed), or
+            one that stood in the prompt.
+        readable_ids: `(N,)` id that the slot would have said; for a slot of the prompt its own id.
+        topk_ids: `(N, k)` ids of the LM head's distribution at the position before the slot, best first; -1 for a slot
+            of the prompt.
         topk_probs: `(N, k)` their probabilities (softmax of the raw logits).
         spans: table of spans.
         position_ids: `(C, B, T)` positions as fed; the last three channels are temporal, height and width for mrope.
@@ -109,7 +111,7 @@ class LatentTrace:
 
     @property
     def num_latent_steps(self) -> torch.LongTensor:
-        """`(B,)` number of slots of each row."""
+        """`(B,)` number of slots of each row, those of the prompt included."""
         return torch.bincount(self.slot_index[:, 0], minlength=len(self))
 
     def row(self, index: int) -> "LatentTrace":

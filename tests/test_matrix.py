@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from tests.latent import ScriptProcessor, latent_token_ids, tiny_pair
@@ -148,6 +149,8 @@ ACCEPTED: dict[str, Any] = {
     "tails": (DRAFT_TAIL,) * 3,
     "processors": (Follow({50: 51, 51: 52, 52: START, START: 40, END: 50}),),
 }
+
+COMPILED = {"off": "rows end one by one", "fixed": "opened in the text, twice", "dynamic": "opens again"}
 
 SCENARIOS: dict[str, list[Scenario]] = {
     "off": [
@@ -589,9 +592,37 @@ def beams_4(backbone: str, strategy: str) -> None:
     beam_search(backbone, strategy, 4)
 
 
+def compiled_decode(backbone: str, strategy: str, backend: str) -> None:
+    """The decode step is one graph, compiled once for the whole call, and the batch is decoded as ever."""
+    cell = next(cell for cell in cells(backbone, strategy) if cell.scenario.name == COMPILED[strategy])
+    config = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=backend)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        output = cell.generate([0, 1, 2], cache_implementation="static", compile_config=config)
+    torch._dynamo.reset()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for index in range(3):
+        assert_same(cell, output, index, cell.expected(index))
+
+
+@behaviour
+def traced_decode(backbone: str, strategy: str) -> None:
+    """`torch.compile` without a C++ compiler: what is captured is run as it is."""
+    compiled_decode(backbone, strategy, "eager")
+
+
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 @pytest.mark.parametrize("strategy", SCENARIOS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_cell(backbone: str, strategy: str, behaviour: str) -> None:
     BEHAVIOURS[behaviour](backbone, strategy)
 
+
+@pytest.mark.slow
+@pytest.mark.compiler
+@pytest.mark.parametrize("strategy", SCENARIOS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_compiled_decode(backbone: str, strategy: str) -> None:
+    compiled_decode(backbone, strategy, "inductor")
