@@ -50,11 +50,24 @@ print(json.dumps(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_sp
 def train(model: torch.nn.Module, processor: object, args: argparse.Namespace, exclude: frozenset[str]) -> None:
     """LASER on generated mazes, none of which is published or held out."""
     config = LatentSFTConfig(
-        output_dir=str(args.output_dir / "training"), max_steps=args.max_steps, per_device_train_batch_size=32,
-        learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=20, weight_decay=0.01,
-        logging_steps=25, save_strategy="no", report_to="none", seed=args.seed, use_cpu=not torch.cuda.is_available(),
-        bf16=False, activation_checkpointing=False, dataloader_num_workers=1,
-    )  # fmt: skip
+        output_dir=str(args.output_dir / "training"),
+        max_steps=args.max_steps,
+        per_device_train_batch_size=16,
+        latent_exposure="own",
+        latent_exposure_prob=0.75,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        weight_decay=0.01,
+        logging_steps=25,
+        save_strategy="no",
+        report_to="none",
+        seed=args.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        activation_checkpointing=False,
+        dataloader_num_workers=1,
+    )
     mazes = maze_stream(seed=args.seed, split="train", exclude=exclude)
     trainer = LatentSFTTrainer(model=model, args=config, train_dataset=mazes, processing_class=processor)
     trainer.train()
@@ -83,8 +96,8 @@ def main() -> None:
         "--base", default=str(ROOT / "hub_configs" / "maze-tiny" / "base"), help="stock checkpoint folder"
     )
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "quickstart", help="where to write")
-    parser.add_argument("--max_steps", type=int, default=350, help="optimiser steps of 32 mazes")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--max_steps", type=int, default=600, help="optimiser steps of 16 mazes")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--num_mazes", type=int, default=200, help="held-out mazes to score")
     parser.add_argument("--vsp_dir", default=VSP_DIR, help="folder of the published VSP mazes; skipped when absent")
     parser.add_argument("--seed", type=int, default=0, help="seed of training data and batches")

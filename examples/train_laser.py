@@ -3,9 +3,11 @@
     accelerate launch examples/train_laser.py                                        # mazes, tiny base, on a CPU
     accelerate launch examples/train_laser.py --config hub_configs/laser-7b/sft.yaml  # the published format and recipe
 
-Every option of `LatentSFTConfig` and of the script arguments below is a YAML key and a command-line flag; flags win.
+Without --config and --data_path it follows `hub_configs/maze-tiny/laser.yaml`. Every option of `LatentSFTConfig` and
+of the script arguments below is a YAML key and a command-line flag; flags win.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from trainers.data.llava import read_source
 from trainers.data.mazes import maze_dataset, maze_stream
 from trainers.data.records import RecordReport, records_to_dataset
 
-TINY_BASE = str(Path(__file__).resolve().parents[1] / "hub_configs" / "maze-tiny" / "base")
+MAZES = Path(__file__).resolve().parents[1] / "hub_configs" / "maze-tiny"
+TINY_BASE, MAZE_RECIPE = str(MAZES / "base"), str(MAZES / "laser.yaml")
 
 
 @dataclass
@@ -107,13 +110,20 @@ def load_data(script: ScriptArguments, config: LatentSFTConfig) -> tuple:
 
 def main() -> None:
     parser = TrlParser((ScriptArguments, TrainLaserConfig, ModelConfig))
-    script, config, model_args = parser.parse_args_and_config()
+    arguments = sys.argv[1:]
+    if not {"--config", "--data_path"} & {argument.split("=")[0] for argument in arguments}:
+        arguments = ["--config", MAZE_RECIPE, *arguments]
+    script, config, model_args = parser.parse_args_and_config(arguments)
     model, processor = load_model(model_args, script, config)
     train, held_out = load_data(script, config)
     trainer = LatentSFTTrainer(
-        model=model, args=config, train_dataset=train, eval_dataset=held_out, processing_class=processor,
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=processor,
         peft_config=get_peft_config(model_args),
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if held_out is not None:
         trainer.evaluate()

@@ -21,6 +21,7 @@ from transformers.generation.candidate_generator import (
     _prepare_attention_mask,
     _prepare_position_ids,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 from transformers.utils import logging
 
@@ -244,18 +245,11 @@ class LatentGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _refuse_latent_combinations(options: LatentOptions, config: GenerationConfig) -> None:
-        values, beams, assisted = (
-            options.values,
-            (config.num_beams or 1) > 1,
-            config.prompt_lookup_num_tokens is not None,
-        )
+        values, beams = options.values, (config.num_beams or 1) > 1
         if beams and config.use_cache is False:
             raise ValueError("beam search over latents needs the cache; drop use_cache=False or use num_beams=1")
-        special = values.latent_ids == "readable" or values.latent_budget == "reference"
-        if special and (beams or assisted):
-            raise ValueError(
-                "latent_ids='readable' and latent_budget='reference' work with greedy decoding and sampling only"
-            )
+        if beams:
+            LatentGenerationMixin._refuse_special_options(options, "num_beams")
         if values.latent_budget == "reference" and config.cache_implementation is not None:
             raise ValueError(
                 f"latent_budget='reference' may run past max_new_tokens, which cache_implementation="
@@ -266,11 +260,26 @@ class LatentGenerationMixin(GenerationMixin):
                 "use_mtp and assistant_early_exit cannot draft over latents; use prompt lookup or an assistant"
             )
 
+    @staticmethod
+    def _refuse_special_options(options: LatentOptions, mode: str) -> None:
+        for name, value in (("latent_ids", "readable"), ("latent_budget", "reference")):
+            if getattr(options.values, name) == value:
+                raise ValueError(
+                    f"{name}={value!r} works with greedy decoding and sampling only; drop {mode}, or {name}={value!r}"
+                )
+
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, mode: Any, batch_size: int, max_length: int
     ) -> Any:
         call = _CALL.get()
         if call is not None and call.options is not None and self.config.latent_token_id is not None:
+            if mode == GenerationMode.ASSISTED_GENERATION:
+                self._refuse_special_options(call.options, "assistant_model and prompt_lookup_num_tokens")
+                if call.options.strategy.prefill is not None:
+                    raise ValueError(
+                        f"latent_strategy={call.options.strategy.name!r} has a prefill of its own, which assisted "
+                        "decoding skips; drop assistant_model and prompt_lookup_num_tokens"
+                    )
             call.state = LatentState(
                 call.options,
                 self.config,
@@ -289,6 +298,11 @@ class LatentGenerationMixin(GenerationMixin):
         if state is None:
             return super()._get_logits_processor(*args, **kwargs)
         state.prompt_length = kwargs["input_ids_seq_length"]
+        if state.prompt_length == 0 and state.strategy.opens_span:
+            raise ValueError(
+                f"latent_strategy={state.strategy.name!r} needs input_ids, in which the latents are recorded; pass "
+                "the ids too (vectors of your own go into latent_embeds), or latent_strategy='off'"
+            )
         custom = [*(kwargs.get("logits_processor") or []), LatentBanProcessor(state)]  # these run before the warpers
         kwargs["logits_processor"] = LogitsProcessorList(custom)
         processors = super()._get_logits_processor(*args, **kwargs)
@@ -325,18 +339,17 @@ class LatentGenerationMixin(GenerationMixin):
             )
         return stock(input_ids, generation_config, model_kwargs, **kw)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         first = bool(kwargs.get("is_first_iteration"))
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         state = _state()
         if state is not None:
-            fed = (
-                model_inputs["input_ids"]
-                if model_inputs.get("input_ids") is not None
-                else model_inputs["inputs_embeds"]
-            )
+            embeds = model_inputs.get("inputs_embeds")
+            new = (model_inputs["input_ids"] if embeds is None else embeds).shape[1]
             hidden = self.config.get_text_config().hidden_size
-            model_inputs.update(state.next_inputs(input_ids, fed.shape[1], hidden, self.dtype, first))
+            model_inputs.update(state.next_inputs(input_ids, new, hidden, self.dtype, first))
         return model_inputs
 
     def _update_model_kwargs_for_generation(

@@ -227,8 +227,8 @@ class LatentStrategy:
             `input_ids`, `attention_mask` and `mm_token_type_ids` by slots and set `latent_embeds` (a search over
             latents runs here too).
         prefill: for slots that depend on each other: `(model, stock_prefill, input_ids, generation_config,
-            model_kwargs,
-            options) -> outputs` runs the prompt in segments over one cache; `stock_prefill` is the stock function.
+            model_kwargs, options, **stock_options) -> outputs` runs the prompt in segments over one cache;
+            `stock_prefill(input_ids, generation_config, model_kwargs, **stock_options)` is the stock function.
     """
 
     name: str

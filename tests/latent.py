@@ -63,6 +63,14 @@ def tiny_pair(
     return liven(tiny_stock_model(seed), scale), liven(tiny_latent_model(seed), scale)
 
 
+def eager_assistant(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, set to draft six ids at a time however unsure it is."""
+    model.generation_config.update(
+        num_assistant_tokens=6, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+    )
+    return model
+
+
 class ScriptProcessor(LogitsProcessor):
     """Per prompt, at the scripted steps, all scores but one token's become -inf, as by `script` of the naive decoder.
 
