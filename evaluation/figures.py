@@ -66,7 +66,8 @@ class _Line(NamedTuple):
 
 def _column(text: str, latent_path: str, solved: bool) -> list[_Line]:
     """The lines beside one maze."""
-    span = latent_path.split("⟩")[0] + "⟩" if "⟩" in latent_path else latent_path
+    has_span = "⟨" in latent_path and "⟩" in latent_path
+    span = latent_path.split("⟨", 1)[1].split("⟩", 1)[0] if has_span else "(no span)"  # the font lacks the brackets
     return [
         *_wrapped("solved" if solved else "not solved", (20, 120, 50) if solved else (180, 30, 30), 18),
         *_wrapped(f"answer: {text}", (20, 20, 20), 16),
