@@ -10,17 +10,17 @@ import argparse
 import json
 from pathlib import Path
 
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-import modeling_latent  # noqa: F401  (the installed classes win over the folder's copy)
 from evaluation.benchmarks.mazes import MazeReport, evaluate_mazes
 from evaluation.statistics import paired_bootstrap_difference
+from modeling_latent import convert_stock_checkpoint
 from trainers.data.mazes import maze_dataset, read_published_mazes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a latent model")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a model")
     parser.add_argument("--num_mazes", type=int, default=200, help="generated mazes of the test split")
     parser.add_argument("--seed", type=int, default=123, help="seed of the generated mazes")
     parser.add_argument("--vsp_dir", default=None, help="folder of the published VSP mazes")
@@ -32,8 +32,7 @@ def main() -> None:
     parser.add_argument("--output", default=None, help="write predictions and accuracies to this JSON file")
     args = parser.parse_args()
 
-    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    model, processor = load(args.model)
     sets = {"held-out": list(maze_dataset(args.num_mazes, seed=args.seed, split="test"))}
     if args.vsp_dir:
         sets["published"] = read_published_mazes(args.vsp_dir, cell_pixels=28)
@@ -53,6 +52,14 @@ def main() -> None:
         print(f"{name}: chance {100 * reports[0].chance:.1f} %")
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def load(name: str) -> tuple:
+    """A latent model as it is; a stock one made latent, for `--strategies off`."""
+    if AutoConfig.from_pretrained(name, trust_remote_code=True).model_type.startswith("latent_"):
+        model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
+        return model, AutoProcessor.from_pretrained(name, trust_remote_code=True)
+    return convert_stock_checkpoint(name)
 
 
 def print_differences(reports: list[MazeReport]) -> None:
