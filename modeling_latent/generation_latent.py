@@ -240,17 +240,39 @@ class LatentGenerationMixin(GenerationMixin):
             call.options = options
             call.keep_trace = bool(generation_config.return_dict_in_generate)
             if model_kwargs.get("latent_embeds") is not None:
-                call.prompt_latents = (model_kwargs.pop("latent_embeds"), model_kwargs.pop("latent_mask", None))
+                call.prompt_latents = self._take_prompt_latents(model_kwargs)
         return generation_config, model_kwargs
 
-    @staticmethod
-    def _refuse_latent_combinations(options: LatentOptions, config: GenerationConfig) -> None:
+    def _take_prompt_latents(self, model_kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`latent_embeds` and `latent_mask` of the prompt, out of the arguments of the forward."""
+        embeds, mask, ids = (
+            model_kwargs.pop("latent_embeds"),
+            model_kwargs.pop("latent_mask", None),
+            model_kwargs.get("input_ids"),
+        )
+        if mask is None:
+            self.config.require_latent_tokens()
+        for name, value in (("latent_embeds", embeds), ("latent_mask", mask)):
+            if value is not None and ids is not None and value.shape[:2] != ids.shape:
+                raise ValueError(
+                    f"{name} {tuple(value.shape)} must have the rows and the length of input_ids {tuple(ids.shape)}; "
+                    "pad them alike"
+                )
+        return embeds, mask
+
+    def _refuse_latent_combinations(self, options: LatentOptions, config: GenerationConfig) -> None:
         values, beams = options.values, (config.num_beams or 1) > 1
+        if self.training and self.is_activation_checkpointing:
+            raise ValueError(
+                "the model is in train mode with activation checkpointing, which drops the cache in every layer and "
+                "would decode another text; call model.eval() first"
+            )
         if beams and config.use_cache is False:
             raise ValueError("beam search over latents needs the cache; drop use_cache=False or use num_beams=1")
         if beams:
-            LatentGenerationMixin._refuse_special_options(options, "num_beams")
-        if values.latent_budget == "reference" and config.cache_implementation is not None:
+            self._refuse_special_options(options, "num_beams")
+        unlimited = config.cache_implementation in (None, "dynamic", "offloaded", "quantized")
+        if values.latent_budget == "reference" and not unlimited:
             raise ValueError(
                 f"latent_budget='reference' may run past max_new_tokens, which cache_implementation="
                 f"{config.cache_implementation!r} has no room for; use the default cache or latent_budget='strict'"
@@ -272,7 +294,8 @@ class LatentGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict, mode: Any, batch_size: int, max_length: int
     ) -> Any:
         call = _CALL.get()
-        if call is not None and call.options is not None and self.config.latent_token_id is not None:
+        known = self.config.latent_token_id is not None or (call is not None and call.prompt_latents is not None)
+        if call is not None and call.options is not None and known:
             if mode == GenerationMode.ASSISTED_GENERATION:
                 self._refuse_special_options(call.options, "assistant_model and prompt_lookup_num_tokens")
                 if call.options.strategy.prefill is not None:

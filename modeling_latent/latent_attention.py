@@ -8,7 +8,7 @@ tower keeps its own attention.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +62,7 @@ def attention_of_rows(
         padding: 2-D mask `(batch, keys)` for kernels that take one (flash), 0 at padding.
 
     Returns:
-        `(batch, heads, rows, keys)` float32.
+        `(batch, heads, rows, keys)` float32; zeros for a row that may attend to nothing (padding).
     """
     batch, heads, queries, dim = query.shape
     keys = key.shape[2]
@@ -72,14 +72,16 @@ def attention_of_rows(
     scores = (chosen.float() @ key.float().transpose(-1, -2)) * scaling
     if attention_mask is not None:
         mask = attention_mask[..., :keys].expand(batch, -1, -1, -1)
-        mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[-1]))
-        scores = scores.masked_fill(~mask, -float("inf")) if mask.dtype == torch.bool else scores + mask.float()
+        allowed = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[-1]))
+        if allowed.dtype != torch.bool:
+            scores = scores + allowed.float()
+            allowed = allowed > torch.finfo(allowed.dtype).min / 2
     else:
-        position = index + keys - queries
-        scores = scores.masked_fill(torch.arange(keys, device=key.device) > position, -float("inf"))
+        allowed = torch.arange(keys, device=key.device) <= index + keys - queries
         if padding is not None:
-            scores = scores.masked_fill(~padding[:, None, None, :keys].bool(), -float("inf"))
-    return scores.softmax(dim=-1)
+            allowed = allowed & padding[:, None, None, :keys].bool()
+    nothing = ~allowed.any(dim=-1, keepdim=True)
+    return scores.masked_fill(~(allowed | nothing), -float("inf")).softmax(dim=-1).masked_fill(nothing, 0.0)
 
 
 @contextmanager
@@ -97,7 +99,8 @@ def capture_attention_rows(
         [`AttentionRows`], filled by each forward (the last one wins).
 
     Raises:
-        ValueError: unknown layers, or an attention implementation that is not in the interface.
+        ValueError: unknown layers, an attention implementation that is not in the interface, or (from the forward)
+            rows that it does not have.
 
     Example:
     ```python
@@ -106,38 +109,83 @@ def capture_attention_rows(
     captured.weights[3]  # (batch, heads, 1, keys)
     ```
     """
-    text = model.config.get_text_config()
-    decoder = getattr(model.base_model, "language_model", model.base_model)
-    unknown = [layer for layer in layers or [] if not 0 <= layer < text.num_hidden_layers]
+    layer_count = model.config.get_text_config().num_hidden_layers
+    unknown = [layer for layer in layers or [] if not 0 <= layer < layer_count]
     if unknown:
-        raise ValueError(f"layers {unknown} do not exist; the text decoder has {text.num_hidden_layers} layers")
+        raise ValueError(f"layers {unknown} do not exist; the text decoder has {layer_count} layers")
+    decoder, captured = model.get_decoder(), AttentionRows()
+
+    def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float | None) -> None:
+        if layers is None or module.layer_idx in layers:
+            index = _row_index(rows, query)
+            is_dense = mask is not None and mask.dim() == 4
+            captured.weights[module.layer_idx] = attention_of_rows(
+                query,
+                key,
+                mask if is_dense else None,
+                index,
+                query.shape[-1] ** -0.5 if scaling is None else scaling,
+                None if is_dense else mask,
+            )
+
     base = decoder.config._attn_implementation
-    captured = AttentionRows()
+    capture = (set(decoder.modules()), observe)
+    decoder.config._attn_implementation = _observed_implementation(base)
+    _OPEN.append(capture)
+    try:
+        yield captured
+    finally:
+        _OPEN.remove(capture)
+        decoder.config._attn_implementation = base
+
+
+# The captures that are open, each with the modules of its decoder: contexts of two models, or of one, may be nested.
+_OPEN: list[tuple[set[nn.Module], Callable[..., None]]] = []
+_SUFFIX = "_rows"
+
+
+def _observed_implementation(base: str) -> str:
+    """Register once, and name, the attention implementation that shows queries and keys to the open captures.
+
+    Raises:
+        ValueError: when `base` is not in the attention interface.
+    """
+    name = base.removesuffix(_SUFFIX) + _SUFFIX
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return name
     kernel = None if base == "eager" else ALL_ATTENTION_FUNCTIONS.get(base)
     if base != "eager" and kernel is None:
         raise ValueError(f"attention implementation {base!r} is not in the attention interface; use 'sdpa' or 'eager'")
 
-    def observe(
+    def observed(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
     ) -> Any:
-        if layers is None or module.layer_idx in layers:
-            index = torch.full((query.shape[0], 1), -1, device=query.device) if rows is None else rows.to(query.device)
-            is_dense = mask is not None and mask.dim() == 4
-            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            captured.weights[module.layer_idx] = attention_of_rows(
-                query, key, mask if is_dense else None, index % query.shape[2], scaling, None if is_dense else mask
-            )
+        for modules, observe in _OPEN:
+            if module in modules:
+                observe(module, query, key, mask, kwargs.get("scaling"))
         function = kernel or _eager_of(module)
         return function(module, query, key, value, mask, **kwargs)
 
-    name = f"{base}_rows"
-    AttentionInterface.register(name, observe)
+    AttentionInterface.register(name, observed)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    decoder.config._attn_implementation = name
-    try:
-        yield captured
-    finally:
-        decoder.config._attn_implementation = base
+    return name
+
+
+def _row_index(rows: torch.LongTensor | None, query: torch.Tensor) -> torch.LongTensor:
+    """`(batch, rows)` indices from 0 into the query axis.
+
+    Raises:
+        ValueError: for another number of sequences, or a row that the forward does not have.
+    """
+    batch, queries = query.shape[0], query.shape[2]
+    if rows is None:
+        return torch.full((batch, 1), queries - 1, device=query.device)
+    if rows.shape[0] != batch or bool(((rows < -queries) | (rows >= queries)).any()):
+        raise ValueError(
+            f"rows {rows.tolist()} do not fit a forward of {batch} sequences and {queries} queries; give one list of "
+            "indices a sequence, counted within this forward (with a cache only the new positions are queries)"
+        )
+    return rows.to(query.device) % queries
 
 
 def _eager_of(module: nn.Module) -> Any:

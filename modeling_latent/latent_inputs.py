@@ -96,7 +96,8 @@ class LatentInputsMixin:
         """
         token_ids = (self.config.latent_token_id, self.config.latent_patch_token_id)
         if latent_embeds is None:
-            if latent_mask is None and input_ids is not None and not torch.compiler.is_compiling():
+            ids_alone = input_ids is not None and inputs_embeds is None  # embeddings of the caller are vectors, too
+            if latent_mask is None and ids_alone and not torch.compiler.is_compiling():
                 latent_mask = latent_positions(input_ids, token_ids)
             if latent_mask is not None and bool(latent_mask.any()):
                 row, position = latent_mask.nonzero()[0].tolist()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .latent_inputs import latent_positions
-from .latent_strategies import STOP_RULES, LatentOptions, LatentStep
+from .latent_strategies import LATENT_OPTIONS, STOP_RULES, LatentOptions, LatentStep
 from .latent_trace import LatentTrace, find_spans
 
 _GROW = 128
@@ -438,11 +438,11 @@ class LatentState:
         order = (index[:, 0] * sequences.shape[1] + index[:, 1]).argsort()
         topk = self.options.values.latent_topk
         prompts = torch.arange(len(sequences), device=device) // (len(sequences) // self.num_prompts)
-        positions = self.position_ids
+        positions = self.position_ids if self.prompt_length > 0 else None
         if positions is not None:  # under beam search the running rows are not the returned ones; a prompt's are equal
             rows = prompts * (positions.shape[1] // self.num_prompts)
             positions = positions[:, rows.to(positions.device), : sequences.shape[1]]
-        values = {k: v for k, v in vars(self.options.values).items() if k != "latent_hook"}
+        values = {name: value for name, value in vars(self.options.values).items() if LATENT_OPTIONS[name].saved}
         token_ids = {
             f"latent_{role}token_id": getattr(self.config, f"latent_{role}token_id") for role in ("", "start_", "end_")
         }

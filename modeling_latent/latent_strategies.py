@@ -109,7 +109,7 @@ class LatentOption:
 
     name: str
     default: Any
-    check: Callable[[str, Any], Any]
+    check: Callable[[str, Any], Any] = field(compare=False)
     help: str
     per_row: bool = False
     saved: bool = True
@@ -119,7 +119,13 @@ LATENT_OPTIONS: dict[str, LatentOption] = {}
 
 
 def register_latent_option(option: LatentOption) -> LatentOption:
-    """Add an option of `generate`; a strategy that reads it lists its name."""
+    """Add an option of `generate`; a strategy that reads it lists its name.
+
+    Raises:
+        ValueError: when the name is taken by another option.
+    """
+    if LATENT_OPTIONS.get(option.name, option) != option:
+        raise ValueError(f"latent option {option.name!r} is already registered; choose another name")
     LATENT_OPTIONS[option.name] = option
     return option
 
@@ -152,7 +158,7 @@ def int_from(minimum: int, remedy: str, optional: bool = False) -> Callable[[str
         entries = entries if isinstance(entries, (list, tuple)) else [entries]
         if not entries or any(isinstance(v, bool) or not isinstance(v, int) or v < minimum for v in entries):
             raise ValueError(f"{name}={value!r} must be at least {minimum} (int, or one int per prompt); {remedy}")
-        return entries if len(entries) > 1 else entries[0]
+        return list(entries) if len(entries) > 1 else entries[0]
 
     return check
 
@@ -161,7 +167,7 @@ def number_from(minimum: float) -> Callable[[str, Any], float]:
     """Check: a number of at least `minimum`."""
 
     def check(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < minimum:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= minimum:
             raise ValueError(f"{name}={value!r} must be a number of at least {minimum}")
         return float(value)
 
@@ -172,8 +178,9 @@ def token_ids(name: str, value: Any) -> list[int] | None:
     """Check: `None`, an id or a list of ids."""
     if value is None:
         return None
-    ids = [value] if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and i >= 0 for i in ids):
+    ids = [value] if isinstance(value, int) else value
+    known = isinstance(ids, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+    if not known or any(i < 0 for i in ids):
         raise ValueError(f"{name}={value!r} must be a token id or a list of token ids")
     return list(ids) or None
 
@@ -267,6 +274,10 @@ def register_latent_strategy(strategy: LatentStrategy) -> LatentStrategy:
         )
     if LATENT_STRATEGIES.get(strategy.name, strategy) != strategy:
         raise ValueError(f"latent strategy {strategy.name!r} is already registered; choose another name")
+    for name in (strategy.name, *strategy.aliases):
+        owner = _ALIASES.get(name, name if name in LATENT_STRATEGIES else strategy.name)
+        if owner != strategy.name:
+            raise ValueError(f"latent strategy {strategy.name!r}: {name!r} stands for {owner!r}; choose another name")
     LATENT_STRATEGIES[strategy.name] = strategy
     _ALIASES.update(dict.fromkeys(strategy.aliases, strategy.name))
     return strategy

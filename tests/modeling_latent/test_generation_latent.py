@@ -186,6 +186,19 @@ def test_embeddings_without_ids(model: torch.nn.Module, stock: torch.nn.Module) 
         model.generate(inputs_embeds=embeds, max_new_tokens=5, latent_strategy="dynamic")
 
 
+def test_train_mode_with_activation_checkpointing_is_refused(inputs: dict[str, torch.Tensor]) -> None:
+    """There the layers drop the cache and go on with one token a step: another text, without an error."""
+    model = tiny_latent_model(0)
+    expected = new_ids(decode(model, inputs))
+    model.gradient_checkpointing_enable()
+    assert new_ids(decode(model, inputs)) == expected
+    model.train()
+    with pytest.raises(ValueError, match=r"train mode with activation checkpointing, .* call model.eval\(\) first"):
+        decode(model, inputs)
+    model.gradient_checkpointing_disable()
+    assert new_ids(decode(model, inputs)) == expected
+
+
 # Budgets and endings
 
 
@@ -289,6 +302,19 @@ def test_off_is_the_stock_model_with_two_ids_less(
         torch.manual_seed(5)
         theirs = stock.generate(**inputs, max_new_tokens=8, suppress_tokens=[SLOT, START], **options)
         assert ours.tolist() == theirs.tolist(), options
+
+
+def test_answers_after_a_forced_end_of_fixed(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    """With `force_end` every close of `fixed` is by force, so the answer ids follow each."""
+    options = {
+        "latent_strategy": "fixed",
+        "num_latent_steps": [2, 0],
+        "force_end": True,
+        "latent_answer_ids": [40, 41],
+    }
+    output = decode(model, inputs, force_span=True, max_new_tokens=7, **options)
+    assert new_ids(output)[0][:6] == [START, SLOT, SLOT, END, 40, 41]
+    assert new_ids(output)[1][:4] == [START, END, 40, 41]
 
 
 def test_sampled_words_of_slots_follow_the_distribution(model: torch.nn.Module, text: dict[str, torch.Tensor]) -> None:
@@ -492,6 +518,37 @@ def test_a_conversation_goes_on_over_its_cache(model: torch.nn.Module, text: dic
     assert new_ids(cached) == new_ids(afresh)
     last = cached.latent_trace.slot_inputs[-2:]
     torch.testing.assert_close(last, afresh.latent_trace.slot_inputs[-2:], atol=1e-4, rtol=0)
+
+
+def test_prompt_vectors_of_another_shape_are_refused(model: torch.nn.Module, text: dict[str, torch.Tensor]) -> None:
+    """Too short vectors would leave the last slots to the token's own embedding, without a word."""
+    ids = text["input_ids"].clone()
+    ids[0, -1] = SLOT
+    shape = ids.shape
+    for given in (
+        {"latent_embeds": torch.zeros(1, shape[1] - 1, HIDDEN)},
+        {"latent_embeds": torch.zeros(2, shape[1], HIDDEN)},
+        {"latent_embeds": torch.zeros(*shape, HIDDEN), "latent_mask": torch.zeros(1, 3, dtype=torch.bool)},
+    ):
+        with pytest.raises(
+            ValueError, match=r"latent_(embeds|mask) \(.*\) must have the rows and the length of input_"
+        ):
+            decode(model, {"input_ids": ids, **given})
+
+
+def test_prompt_vectors_without_latent_tokens(text: dict[str, torch.Tensor]) -> None:
+    """A model without latent tokens takes vectors by mask; without a mask nobody knows where they go."""
+    model = liven(tiny_latent_model(0, **dict.fromkeys(latent_token_ids())), 6.0)
+    known = liven(tiny_latent_model(0), 6.0)
+    ids, mask = text["input_ids"], torch.zeros_like(text["input_ids"], dtype=torch.bool)
+    mask[0, -4:-2] = True
+    prompt = {**text, "latent_embeds": torch.randn(*ids.shape, HIDDEN)}
+    ours = decode(model, prompt, latent_mask=mask, latent_strategy="off")
+    theirs = decode(known, prompt, latent_mask=mask, latent_strategy="off")
+    assert new_ids(ours) == new_ids(theirs) != new_ids(decode(known, text, latent_strategy="off"))
+    assert ours.latent_trace.num_latent_steps.tolist() == [2]
+    with pytest.raises(ValueError, match="has no latent tokens"):
+        decode(model, prompt, latent_strategy="off")
 
 
 # Noise

@@ -1,4 +1,4 @@
-"""Where latents enter a backbone, and the loss of the head class: vectors, masks, gradients, errors, the stock numbers."""
+"""Where latents enter a backbone, and the loss of the head class: vectors, masks, gradients, errors, stock numbers."""
 
 from typing import Any
 
@@ -163,7 +163,9 @@ def test_embeddings_and_latents(model: torch.nn.Module, stock: torch.nn.Module, 
     with torch.no_grad():
         expected = stock(**inputs, inputs_embeds=torch.where(mask.unsqueeze(-1), embeds, tokens)).logits
         ours = model(**inputs, inputs_embeds=tokens, latent_embeds=embeds).logits
+        ready = model(**inputs, inputs_embeds=torch.where(mask.unsqueeze(-1), embeds, tokens)).logits
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ready, expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="latent_embeds without input_ids needs an explicit latent_mask"):
         model(inputs_embeds=tokens, latent_embeds=embeds)
 

@@ -1,0 +1,119 @@
+"""Latent heads: the table, what the built-in ones compute, and that a model builds, saves and loads them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from modeling_latent import LATENT_HEADS, LatentQwen2_5_VLForConditionalGeneration, register_latent_head
+from modeling_latent.latent_heads import build_latent_head
+from tests.latent import tiny_latent_model
+from tests.tiny import tiny_config, tiny_inputs
+
+
+@pytest.fixture
+def heads() -> Any:
+    before = dict(LATENT_HEADS)
+    yield LATENT_HEADS
+    LATENT_HEADS.clear()
+    LATENT_HEADS.update(before)
+
+
+def test_no_head_feeds_the_state_as_it_is() -> None:
+    model = tiny_latent_model(0)
+    states = torch.randn(2, 3, 64)
+    assert model.latent_head is None and model.latent_step(states) is states
+    assert not any("latent_head" in name for name in model.state_dict())
+
+
+def test_simple_head() -> None:
+    """LayerNorm (eps 1e-6), linear, GELU, linear."""
+    head, states = tiny_latent_model(0, latent_head="simple").latent_head, torch.randn(2, 3, 64)
+    norm, first, last = head.ln_q, head.mlp[0], head.mlp[2]
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        for bias in (norm.bias, first.bias, last.bias):
+            bias.uniform_(-1, 1)
+        deviation = (states.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        normed = (states - states.mean(-1, keepdim=True)) / deviation * norm.weight + norm.bias
+        expected = F.linear(F.gelu(F.linear(normed, first.weight, first.bias)), last.weight, last.bias)
+        torch.testing.assert_close(head(states), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_glu_head() -> None:
+    """down(silu(gate(h)) * up(h)), with biases, of the decoder's width."""
+    head, states = tiny_latent_model(0, latent_head="glu").latent_head, torch.randn(2, 3, 64)
+    gate, up, down = head.gate_proj, head.up_proj, head.down_proj
+    assert gate.weight.shape == (128, 64)
+    with torch.no_grad():
+        for layer in (gate, up, down):
+            layer.bias.uniform_(-1, 1)
+        inner = F.silu(F.linear(states, gate.weight, gate.bias)) * F.linear(states, up.weight, up.bias)
+        expected = F.linear(inner, down.weight, down.bias)
+        torch.testing.assert_close(head(states), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["simple", "glu"])
+def test_states_go_through_the_head(name: str) -> None:
+    """In the output `latent_states` is the head of `last_hidden_state`; logits do not pass it."""
+    model, plain, inputs = tiny_latent_model(0, latent_head=name), tiny_latent_model(0), tiny_inputs()
+    with torch.no_grad():
+        output, expected = model(**inputs, logits_to_keep=3), plain(**inputs, logits_to_keep=3)
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(output.latent_states, model.latent_head(output.last_hidden_state))
+    assert not torch.allclose(output.latent_states, output.last_hidden_state, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["simple", "glu"])
+def test_heads_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = tiny_latent_model(0, latent_head=name)
+    model.save_pretrained(tmp_path)
+    loaded = LatentQwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.latent_head == name
+    mine, theirs = model.latent_head.state_dict(), loaded.latent_head.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("name", ["simple", "glu"])
+def test_a_new_head_is_initialised_on_loading(name: str, tmp_path: Path) -> None:
+    """A checkpoint without the head: its weights are drawn as the model draws all others, none is left empty."""
+    tiny_latent_model(0).save_pretrained(tmp_path)
+    config = tiny_latent_model(0, latent_head=name).config
+    loaded = LatentQwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, config=config)
+    for key, value in loaded.latent_head.state_dict().items():
+        if key.endswith("bias"):
+            assert not value.any(), key
+        elif "ln_q" in key:
+            assert (value == 1).all(), key
+        else:
+            assert 0.015 < value.std().item() < 0.025 and abs(value.mean().item()) < 0.005, key
+
+
+def test_an_unknown_head_is_refused(heads: dict) -> None:
+    with pytest.raises(ValueError, match=r"unknown latent_head 'mlp'; choose one of \['glu', 'simple'\] or None"):
+        tiny_latent_model(0, latent_head="mlp")
+
+
+def test_a_head_is_registered_once(heads: dict) -> None:
+    @register_latent_head("half")
+    class Half(torch.nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.size = config.hidden_size
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return hidden_states / 2
+
+    assert register_latent_head("half")(Half) is Half, "again the same class: a file that is imported twice"
+
+    class Other(Half):
+        pass
+
+    with pytest.raises(ValueError, match="latent head 'half' is already registered by .*Half; choose another name"):
+        register_latent_head("half")(Other)
+    config = tiny_latent_model(0).config
+    config.latent_head = "half"
+    head = build_latent_head(config)
+    assert isinstance(head, Half) and head.size == tiny_config().get_text_config().hidden_size
