@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
-    LogitsProcessor,
     LogitsProcessorList,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -23,6 +22,7 @@ from transformers import (
 
 from modeling_latent import LatentQwen2_5_VLForConditionalGeneration as LatentModel
 from tests.golden.conftest import each, golden_dir, golden_json
+from tests.latent import ScriptProcessor
 from tests.naive import NaiveResult, naive_generate
 
 FOLDER = golden_dir("laser")
@@ -341,24 +341,6 @@ def library_model() -> torch.nn.Module:
         FOLDER / "tiny_model", config=config, dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval()
-
-
-class ScriptProcessor(LogitsProcessor):
-    """Per row, at the scripted steps, all scores but one token's become -inf."""
-
-    def __init__(self, scripts: list[dict[int, int]], prompt_length: int) -> None:
-        self.scripts = scripts
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        step = input_ids.shape[1] - self.prompt_length
-        scores = scores.clone()
-        for row, script in enumerate(self.scripts):
-            if step in script:
-                kept = scores[row, script[step]].item()
-                scores[row] = float("-inf")
-                scores[row, script[step]] = kept
-        return scores
 
 
 def library_generate(case: dict[str, Any], model: torch.nn.Module, prompt: Prompt) -> Any:
