@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of training data and batches")
     args = parser.parse_args()
     started = time.time()
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # one core draws mazes
 
     model, processor = convert_stock_checkpoint(args.base, method="laser", dtype=torch.float32)
     published = read_published_mazes(args.vsp_dir, cell_pixels=28) if Path(args.vsp_dir).is_dir() else []
