@@ -25,7 +25,7 @@ from tests.tiny import tiny_processor, tiny_prompts
 
 TOLERANCE = 1e-4
 SLOT, START, END = latent_token_ids().values()
-EOS, PAD = 486, 484  # <|im_end|>, <|endoftext|>
+EOS, PAD = tiny_processor().tokenizer.eos_token_id, tiny_processor().tokenizer.pad_token_id
 PER_ROW = ("max_latent_steps", "num_latent_steps")
 SCALE = 6.0
 NO_HYPOTHESIS = (

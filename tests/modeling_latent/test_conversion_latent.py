@@ -123,7 +123,8 @@ def test_tokens_and_defaults(folder: Path) -> None:
     assert (config.latent_method, config.latent_head, config.latent_patch_token_id) == ("laser", None, None)
     assert config.latent_generation == {"latent_strategy": "dynamic", "max_latent_steps": 8}
     assert model.generation_config.latent_strategy == "dynamic" and model.generation_config.max_latent_steps == 8
-    assert model.generation_config.eos_token_id == [484, 486] and model.generation_config.pad_token_id == 484
+    pad, end = (processor.tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>"))
+    assert model.generation_config.eos_token_id == [pad, end] and model.generation_config.pad_token_id == pad
     prompt = processor.apply_chat_template(tiny_prompts()[0], add_generation_prompt=True)
     assert prompt.endswith("<|im_start|>assistant\n")
     inputs = encode(processor)

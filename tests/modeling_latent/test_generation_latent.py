@@ -42,7 +42,7 @@ from tests.naive import NaiveResult, naive_generate
 from tests.tiny import tiny_inputs, tiny_processor, tiny_stock_model
 
 SLOT, START, END = latent_token_ids().values()
-EOS, PAD = 486, 484  # <|im_end|>, <|endoftext|>
+EOS, PAD = tiny_processor().tokenizer.eos_token_id, tiny_processor().tokenizer.pad_token_id
 HIDDEN = 64
 
 
@@ -190,12 +190,12 @@ def test_train_mode_with_activation_checkpointing_is_refused(inputs: dict[str, t
     """There the layers drop the cache and go on with one token a step: another text, without an error."""
     model = tiny_latent_model(0)
     expected = new_ids(decode(model, inputs))
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert new_ids(decode(model, inputs)) == expected
     model.train()
     with pytest.raises(ValueError, match=r"train mode with activation checkpointing, .* call model.eval\(\) first"):
         decode(model, inputs)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     assert new_ids(decode(model, inputs)) == expected
 
 
@@ -395,7 +395,7 @@ def test_options_are_saved_and_come_back(inputs: dict[str, torch.Tensor], tmp_pa
         "latent_noise": 0.0,
     }
     model.generation_config = saved_generation_config(model.generation_config, **saved)
-    assert model.generation_config.eos_token_id == [484, 486], "the stock entries stay"
+    assert model.generation_config.eos_token_id == [PAD, EOS], "the stock entries stay"
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert expected[:, -8:-3].tolist() == [[START, SLOT, SLOT, SLOT, END]] * 2
     model.save_pretrained(tmp_path)

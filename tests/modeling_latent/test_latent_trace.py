@@ -12,10 +12,10 @@ from transformers import LogitsProcessorList
 
 from modeling_latent import LatentSpan, LatentStep, LatentTrace
 from tests.latent import ScriptProcessor, latent_token_ids, tiny_pair
-from tests.tiny import tiny_inputs
+from tests.tiny import tiny_inputs, tiny_processor
 
 SLOT, START, END = latent_token_ids().values()
-EOS = 486  # <|im_end|>
+EOS = tiny_processor().tokenizer.eos_token_id
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
 
 
