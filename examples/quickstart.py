@@ -90,9 +90,10 @@ def compare(name: str, first: MazeReport, second: MazeReport) -> None:
     print(f"  {name}: {diff[0]:+.1f} points, 95 % interval [{diff[1]:+.1f}, {diff[2]:+.1f}]")
 
 
-def longest(records: list[dict], sizes: list[int], size: int) -> int:
-    """Index of the maze of a size with the longest plan: what is shown is not picked by its score."""
-    return max((i for i, n in enumerate(sizes) if n == size), key=lambda i: len(records[i]["answer"]))
+def typical(records: list[dict], sizes: list[int], size: int) -> int:
+    """Index of a maze of a size whose plan has the median length: what is shown is not picked by its score."""
+    indices = sorted((i for i, n in enumerate(sizes) if n == size), key=lambda i: len(records[i]["answer"]))
+    return indices[len(indices) // 2]
 
 
 def main() -> None:
@@ -141,7 +142,7 @@ def main() -> None:
     again = load_elsewhere(folder, held_out[0])
     same = "the same" if again == trained.predictions[0].text else "ANOTHER"
     print(f"\nloaded with AutoModel in a fresh process without the library: {again!r} ({same} answer)")
-    shown = [longest(held_out, trained.sizes, size) for size in sorted(set(trained.sizes))]
+    shown = [typical(held_out, trained.sizes, size) for size in sorted(set(trained.sizes))]
     picture = draw_maze_page(
         [maze_of_record(held_out[i]) for i in shown],
         [trained.predictions[i].text for i in shown],
