@@ -37,29 +37,13 @@ from modeling_latent import (
     saved_generation_config,
 )
 from modeling_latent.latent_strategies import int_from, number_from
-from tests.latent import ScriptProcessor, eager_assistant, latent_token_ids, liven, tiny_latent_model, tiny_pair
+from tests.latent import ScriptProcessor, eager_assistant, latent_token_ids, liven, tiny_latent_model
 from tests.naive import NaiveResult, naive_generate
-from tests.tiny import tiny_inputs, tiny_processor, tiny_stock_model
+from tests.tiny import tiny_processor, tiny_stock_model
 
 SLOT, START, END = latent_token_ids().values()
 EOS, PAD = tiny_processor().tokenizer.eos_token_id, tiny_processor().tokenizer.pad_token_id
 HIDDEN = 64
-
-
-@pytest.fixture(scope="module")
-def model() -> LatentQwen2_5_VLForConditionalGeneration:
-    return tiny_pair(0, 6.0)[1]
-
-
-@pytest.fixture(scope="module")
-def stock() -> torch.nn.Module:
-    return tiny_pair(0, 6.0)[0]
-
-
-@pytest.fixture(scope="module")
-def inputs() -> dict[str, torch.Tensor]:
-    """Two rows with an image each, the first one padded on the left."""
-    return dict(tiny_inputs())
 
 
 @pytest.fixture(scope="module")

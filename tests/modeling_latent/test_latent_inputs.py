@@ -5,28 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_latent import LatentQwen2_5_VLForConditionalGeneration, latent_positions, replace_latents
-from tests.latent import latent_token_ids, tiny_latent_model, tiny_pair
-from tests.tiny import tiny_inputs, tiny_stock_model
+from modeling_latent import latent_positions, replace_latents
+from tests.latent import latent_token_ids, tiny_latent_model
+from tests.tiny import tiny_stock_model
 
 SLOT, START, END = latent_token_ids().values()
 HIDDEN = 64
-
-
-@pytest.fixture(scope="module")
-def model() -> LatentQwen2_5_VLForConditionalGeneration:
-    return tiny_pair(0, 6.0)[1]
-
-
-@pytest.fixture(scope="module")
-def stock() -> torch.nn.Module:
-    return tiny_pair(0, 6.0)[0]
-
-
-@pytest.fixture(scope="module")
-def inputs() -> dict[str, torch.Tensor]:
-    """Two rows with an image each, the first one padded on the left."""
-    return dict(tiny_inputs())
 
 
 @pytest.fixture
