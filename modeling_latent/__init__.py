@@ -10,10 +10,12 @@ from .configuration_latent import (
     LatentConfigMixin,
     LatentMethod,
     LatentQwen2_5_VLConfig,
+    LatentQwen2VLConfig,
+    LatentQwen3VLConfig,
     get_latent_method,
     register_latent_method,
 )
-from .conversion_latent import convert_stock_checkpoint
+from .conversion_latent import LATENT_CLASSES, convert_stock_checkpoint
 from .generation_latent import LatentGenerationMixin, saved_generation_config
 from .latent_attention import capture_attention_rows
 from .latent_heads import LATENT_HEADS, register_latent_head
@@ -30,10 +32,13 @@ from .latent_strategies import (
     register_stop_rule,
 )
 from .latent_trace import LatentSpan, LatentTrace
+from .loading_latent import load_latent_model
 from .modeling_latent_qwen2_5_vl import LatentQwen2_5_VLForConditionalGeneration, LatentQwen2_5_VLModel
+from .modeling_latent_qwen2_vl import LatentQwen2VLForConditionalGeneration, LatentQwen2VLModel
+from .modeling_latent_qwen3_vl import LatentQwen3VLForConditionalGeneration, LatentQwen3VLModel
 from .processing_latent import LatentProcessor
 
-for _config, _model in ((LatentQwen2_5_VLConfig, LatentQwen2_5_VLForConditionalGeneration),):
+for _config, _model in LATENT_CLASSES.values():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForImageTextToText.register(_config, _model, exist_ok=True)
@@ -43,6 +48,7 @@ for _config, _model in ((LatentQwen2_5_VLConfig, LatentQwen2_5_VLForConditionalG
 LatentProcessor.register_for_auto_class()
 
 __all__ = [
+    "LATENT_CLASSES",
     "LATENT_HEADS",
     "LATENT_METHODS",
     "LATENT_OPTIONS",
@@ -54,9 +60,15 @@ __all__ = [
     "LatentMethod",
     "LatentOption",
     "LatentProcessor",
+    "LatentQwen2VLConfig",
+    "LatentQwen2VLForConditionalGeneration",
+    "LatentQwen2VLModel",
     "LatentQwen2_5_VLConfig",
     "LatentQwen2_5_VLForConditionalGeneration",
     "LatentQwen2_5_VLModel",
+    "LatentQwen3VLConfig",
+    "LatentQwen3VLForConditionalGeneration",
+    "LatentQwen3VLModel",
     "LatentSpan",
     "LatentStep",
     "LatentStrategy",
@@ -65,6 +77,7 @@ __all__ = [
     "convert_stock_checkpoint",
     "get_latent_method",
     "latent_positions",
+    "load_latent_model",
     "register_latent_head",
     "register_latent_method",
     "register_latent_option",

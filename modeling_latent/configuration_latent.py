@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig, Qwen2_5_VLConfig
+from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,12 @@ class LatentConfigMixin(PreTrainedConfig):
             hidden state as it is.
         latent_generation: decoding defaults of the method; an entry of `generation_config.json` or an argument of
             `generate` wins over them.
+
+    Class attributes of a family: `model_type` (also the name of its file) and `model_class`, the name of the head
+    class in that file.
     """
+
+    model_class = None
 
     latent_token_id: int | None = None
     latent_start_token_id: int | None = None
@@ -121,7 +126,17 @@ class LatentConfigMixin(PreTrainedConfig):
             self.auto_map = {**reference, **(getattr(self, "auto_map", None) or {})}
 
     def _auto_map_reference(self) -> dict[str, str]:
-        return {}
+        """Where the code of the family is in a saved folder, by Auto class; empty without `model_class`."""
+        if self.model_class is None:
+            return {}
+        model = f"modeling_{self.model_type}.{self.model_class}"
+        return {
+            "AutoConfig": "configuration_latent." + self.model_class.replace("ForConditionalGeneration", "Config"),
+            "AutoModel": model,
+            "AutoModelForImageTextToText": model,
+            "AutoModelForCausalLM": model,
+            "AutoProcessor": "processing_latent.LatentProcessor",
+        }
 
     @classmethod
     def from_stock(
@@ -174,27 +189,36 @@ class LatentConfigMixin(PreTrainedConfig):
 
 
 @strict
+class LatentQwen2VLConfig(LatentConfigMixin, Qwen2VLConfig):
+    """Qwen2-VL with latent fields. Build it with [`LatentConfigMixin.from_stock`]."""
+
+    model_type = "latent_qwen2_vl"
+    model_class = "LatentQwen2VLForConditionalGeneration"
+
+
+@strict
 class LatentQwen2_5_VLConfig(LatentConfigMixin, Qwen2_5_VLConfig):
     """Qwen2.5-VL with latent fields. Build it with [`LatentConfigMixin.from_stock`]."""
 
     model_type = "latent_qwen2_5_vl"
+    model_class = "LatentQwen2_5_VLForConditionalGeneration"
 
-    def _auto_map_reference(self) -> dict[str, str]:
-        model = "modeling_latent_qwen2_5_vl.LatentQwen2_5_VLForConditionalGeneration"
-        return {
-            "AutoConfig": "configuration_latent.LatentQwen2_5_VLConfig",
-            "AutoModel": model,
-            "AutoModelForImageTextToText": model,
-            "AutoModelForCausalLM": model,
-            "AutoProcessor": "processing_latent.LatentProcessor",
-        }
+
+@strict
+class LatentQwen3VLConfig(LatentConfigMixin, Qwen3VLConfig):
+    """Qwen3-VL with latent fields. Build it with [`LatentConfigMixin.from_stock`]."""
+
+    model_type = "latent_qwen3_vl"
+    model_class = "LatentQwen3VLForConditionalGeneration"
 
 
 __all__ = [
     "LATENT_METHODS",
     "LatentConfigMixin",
     "LatentMethod",
+    "LatentQwen2VLConfig",
     "LatentQwen2_5_VLConfig",
+    "LatentQwen3VLConfig",
     "get_latent_method",
     "register_latent_method",
 ]

@@ -6,13 +6,22 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from .configuration_latent import LatentQwen2_5_VLConfig, get_latent_method
+from .configuration_latent import (
+    LatentQwen2_5_VLConfig,
+    LatentQwen2VLConfig,
+    LatentQwen3VLConfig,
+    get_latent_method,
+)
 from .generation_latent import saved_generation_config
 from .modeling_latent_qwen2_5_vl import LatentQwen2_5_VLForConditionalGeneration
+from .modeling_latent_qwen2_vl import LatentQwen2VLForConditionalGeneration
+from .modeling_latent_qwen3_vl import LatentQwen3VLForConditionalGeneration
 from .processing_latent import LatentProcessor
 
 LATENT_CLASSES: dict[str, tuple[type, type[PreTrainedModel]]] = {
+    "qwen2_vl": (LatentQwen2VLConfig, LatentQwen2VLForConditionalGeneration),
     "qwen2_5_vl": (LatentQwen2_5_VLConfig, LatentQwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (LatentQwen3VLConfig, LatentQwen3VLForConditionalGeneration),
 }
 
 
@@ -34,6 +43,8 @@ def convert_stock_checkpoint(
     name_or_path: str | Path,
     method: str = "laser",
     processor: LatentProcessor | None = None,
+    revision: str | None = None,
+    weights: bool = True,
     **model_kwargs: Any,
 ) -> tuple[PreTrainedModel, LatentProcessor]:
     """Load a stock checkpoint as a latent model with the method's marker tokens.
@@ -42,6 +53,8 @@ def convert_stock_checkpoint(
         name_or_path: folder or Hub repository of a stock model (weights, tokenizer, image processor).
         method: name in `LATENT_METHODS`; fixes tokens, head and decoding defaults.
         processor: a processor to use instead of the folder's.
+        revision: branch, tag or commit of the Hub repository, for configuration, tokenizer, images and weights alike.
+        weights: `False` builds the model on the meta device from its configuration; no weight is read or downloaded.
         model_kwargs: for `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Returns:
@@ -53,14 +66,16 @@ def convert_stock_checkpoint(
         ValueError: a family without a latent class, a folder without a configuration, or one that is latent already.
     """
     entry = get_latent_method(method)
-    stock_config = _read_config(name_or_path)
+    stock_config = _read_config(name_or_path, revision)
     if stock_config.model_type.startswith("latent_"):
         raise ValueError(
             f"{name_or_path} is a latent model already (method {stock_config.latent_method!r}); load it with AutoModel"
         )
     config_class, model_class = latent_classes(stock_config.model_type, str(name_or_path))
     if processor is None:
-        processor = LatentProcessor.from_pretrained(name_or_path, latent_tokens=entry.tokens)
+        processor = LatentProcessor.from_pretrained(
+            name_or_path, revision=revision or "main", latent_tokens=entry.tokens
+        )
     config = config_class.from_stock(
         stock_config,
         method=method,
@@ -69,7 +84,10 @@ def convert_stock_checkpoint(
         latent_end_token_id=processor.latent_end_token_id,
         latent_patch_token_id=processor.latent_patch_token_id,
     )
-    model = model_class.from_pretrained(name_or_path, config=config, **model_kwargs)
+    if weights:
+        model = model_class.from_pretrained(name_or_path, config=config, revision=revision or "main", **model_kwargs)
+    else:
+        model = build_without_weights(model_class, config, name_or_path, **model_kwargs)
     if len(processor.tokenizer) > model.get_input_embeddings().weight.shape[0]:
         with torch.no_grad():
             model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
@@ -77,8 +95,30 @@ def convert_stock_checkpoint(
     return model, processor
 
 
-def _read_config(name_or_path: str | Path) -> Any:
+def build_without_weights(
+    model_class: type[PreTrainedModel], config: Any, name_or_path: str | Path, **model_kwargs: Any
+) -> PreTrainedModel:
+    """A model of the shapes of a configuration on the meta device: nothing is read, downloaded or allocated.
+
+    Args:
+        model_class: latent class of the configuration.
+        config: latent configuration; its `dtype` is used unless `model_kwargs` names another.
+        name_or_path: recorded as the origin.
+        model_kwargs: those of `from_pretrained`; only `dtype` and `attn_implementation` matter here.
+    """
+    kwargs = {key: model_kwargs[key] for key in ("dtype", "attn_implementation") if model_kwargs.get(key) is not None}
+    if kwargs.get("dtype") == "auto":
+        del kwargs["dtype"]
+    with torch.device("meta"):
+        model = model_class._from_config(config, **kwargs)
+    model.tie_weights()
+    model.config._name_or_path = model.name_or_path = str(name_or_path)
+    model.hf_device_map = {"": "meta"}  # as `device_map="meta"` would leave it: a Trainer does not move it
+    return model.eval()
+
+
+def _read_config(name_or_path: str | Path, revision: str | None = None) -> Any:
     path = Path(name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json; give a folder written by save_pretrained or a Hub repository id")
-    return AutoConfig.from_pretrained(name_or_path)
+    return AutoConfig.from_pretrained(name_or_path, revision=revision or "main")

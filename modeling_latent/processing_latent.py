@@ -1,9 +1,9 @@
 """Processor of latent-reasoning models: images and chat to tensors, and token ids back to text that shows the latents.
 
-It needs Pillow only (no torchvision, no video processor), loads straight from a stock Qwen2.5-VL folder, and adds the
-tokens that mark a latent span, e.g. those of LASER ("Forest Before Trees: Latent Superposition for Efficient Visual
-Reasoning", arXiv 2601.06803). The file travels with a checkpoint on the Hub: it imports nothing but transformers,
-Pillow and the standard library.
+It needs Pillow only (no torchvision, no video processor), loads straight from a stock folder of Qwen2-VL, Qwen2.5-VL
+or Qwen3-VL, and adds the tokens that mark a latent span, e.g. those of LASER ("Forest Before Trees: Latent
+Superposition for Efficient Visual Reasoning", arXiv 2601.06803). The file travels with a checkpoint on the Hub: it
+imports nothing but transformers, Pillow and the standard library.
 """
 
 import os
@@ -31,6 +31,11 @@ DEFAULT_LATENT_TOKENS: dict[str, str] = {
 REQUIRED_ROLES = ("start", "slot", "end")
 OPTIONAL_ROLES = ("patch",)
 
+_DEFAULT_SYSTEM_TURN = (
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+)
 # Renders what the template of Qwen2-VL and Qwen2.5-VL renders. The text of an assistant turn, its `<|im_end|>` and the
 # newline after it are wrapped in generation tags, so that `return_assistant_tokens_mask=True` marks what is learnt.
 LATENT_CHAT_TEMPLATE = (
@@ -47,17 +52,20 @@ LATENT_CHAT_TEMPLATE = (
     "{% elif 'text' in part %}{{ part['text'] }}"
     "{% endif %}{% endfor %}{% endif %}"
     "{% endmacro %}"
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
+    "{% for message in messages %}" + _DEFAULT_SYSTEM_TURN + "<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ render(message['content']) }}<|im_end|>\n{% endgeneration %}"
     "{% else %}{{ render(message['content']) }}<|im_end|>\n"
     "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The same for Qwen3-VL, whose template has no default system message; what it does with tools is refused here.
+LATENT_CHAT_TEMPLATE_QWEN3 = LATENT_CHAT_TEMPLATE.replace(
+    _DEFAULT_SYSTEM_TURN,
+    "{% if tools or message['tool_calls'] or message['role'] == 'tool' %}"
+    "{{ raise_exception('this chat template renders no tools; leave them out or pass chat_template=...') }}"
+    "{% endif %}",
 )
 
 # Conversations on which a template without generation tags is compared with ours (see `_resolve_template`).
@@ -93,7 +101,8 @@ class LatentProcessor(ProcessorMixin):
             `Qwen2VLImageProcessorPil`.
         tokenizer: a fast tokenizer. The latent tokens are added to it, and it pads on the left from now on.
         chat_template: `None` means `LATENT_CHAT_TEMPLATE`. A template that lacks generation tags and renders the same
-            text (the stock one of Qwen2.5-VL) is replaced by it; one that renders another text is kept with a warning.
+            text as one of ours (the stock ones of the Qwen-VL families) is replaced by it; one that renders another
+            text is kept with a warning.
         latent_tokens: role to token string, in the order in which new tokens are added (the order fixes the ids). The
             roles are `"start"` and `"end"` (they open and close a span), `"slot"` (a position fed by a vector) and,
             where a method inserts image embeddings into the span, `"patch"`. Default: `DEFAULT_LATENT_TOKENS`.
@@ -217,18 +226,27 @@ class LatentProcessor(ProcessorMixin):
         """The template in use: ours for `None` and for one that renders the same text without generation tags."""
         if isinstance(template, dict):
             return {**template, "default": self._resolve_template(template.get("default"))}
-        if template is None or template == LATENT_CHAT_TEMPLATE:
+        if template is None:
             return LATENT_CHAT_TEMPLATE
         if re.search(r"\{%-?\s*generation\s*-?%\}", template):
             return template
-        if _render_probes(template) == _render_probes(LATENT_CHAT_TEMPLATE):
-            return LATENT_CHAT_TEMPLATE
+        rendered = _render_probes(template)
+        for ours in (LATENT_CHAT_TEMPLATE, LATENT_CHAT_TEMPLATE_QWEN3):
+            if rendered == _render_probes(ours):
+                return ours
         logger.warning(
-            "the chat template of this checkpoint has no {% generation %} tags and renders another text than that of "
-            "Qwen2.5-VL, so it is kept as it is and assistant masks will be all zero; put the tags around the text of "
-            "the assistant and pass it as chat_template=..., or pass chat_template=LATENT_CHAT_TEMPLATE"
+            "the chat template of this checkpoint has no {% generation %} tags and renders another text than those of "
+            "the Qwen-VL families, so it is kept as it is and assistant masks will be all zero; put the tags around "
+            "the text of the assistant and pass it as chat_template=..., or pass chat_template=LATENT_CHAT_TEMPLATE"
         )
         return template
+
+    @property
+    def default_system_message(self) -> str | None:
+        """What the template says first when a conversation has no system message; `None` for nothing (Qwen3-VL)."""
+        rendered = super().apply_chat_template([{"role": "user", "content": ""}])
+        found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", rendered, re.DOTALL)
+        return None if found is None else found[1]
 
     def apply_chat_template(
         self,
@@ -453,9 +471,6 @@ class LatentProcessor(ProcessorMixin):
         """Whether token `right` is the rest of the word that token `left` belongs to."""
         return _in_word(self._text([left])[-1:]) and _in_word(self._text([right])[:1])
 
-    def _text(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-
 
 def _in_word(character: str) -> bool:
     """Letters, digits, combining marks, hyphens, apostrophes, and the replacement character of an incomplete byte."""
@@ -603,4 +618,4 @@ def _as_list(values: Any) -> list:
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
-__all__ = ["DEFAULT_LATENT_TOKENS", "LATENT_CHAT_TEMPLATE", "LatentProcessor"]
+__all__ = ["DEFAULT_LATENT_TOKENS", "LATENT_CHAT_TEMPLATE", "LATENT_CHAT_TEMPLATE_QWEN3", "LatentProcessor"]

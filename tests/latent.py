@@ -6,15 +6,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import LogitsProcessor, PreTrainedModel
 
-from modeling_latent import LatentQwen2_5_VLConfig, LatentQwen2_5_VLForConditionalGeneration
+from modeling_latent import LATENT_CLASSES
 from tests.tiny import tiny_processor, tiny_stock_model
+from trainers.tiny import DEFAULT_FAMILY
 
 
-def latent_token_ids() -> dict[str, int]:
+def latent_token_ids(family: str = DEFAULT_FAMILY) -> dict[str, int]:
     """The latent token ids of [`tests.tiny.tiny_processor`], by field of the configuration."""
-    processor = tiny_processor()
+    processor = tiny_processor(family)
     return {
         "latent_token_id": processor.latent_token_id,
         "latent_start_token_id": processor.latent_start_token_id,
@@ -23,10 +24,11 @@ def latent_token_ids() -> dict[str, int]:
 
 
 @lru_cache
-def _latent_model(seed: int, tie_word_embeddings: bool, fields: str) -> LatentQwen2_5_VLForConditionalGeneration:
-    stock = tiny_stock_model(seed, tie_word_embeddings)
-    config = LatentQwen2_5_VLConfig.from_stock(stock.config, **{**latent_token_ids(), **json.loads(fields)})
-    model = LatentQwen2_5_VLForConditionalGeneration(config)
+def _latent_model(seed: int, tie_word_embeddings: bool, family: str, fields: str) -> PreTrainedModel:
+    stock = tiny_stock_model(seed, tie_word_embeddings, family)
+    config_class, model_class = LATENT_CLASSES[family]
+    config = config_class.from_stock(stock.config, **{**latent_token_ids(family), **json.loads(fields)})
+    model = model_class(config)
     missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
     assert not unexpected and all(name.startswith("latent_head.") for name in missing)
     model.generation_config = copy.deepcopy(stock.generation_config)
@@ -34,16 +36,16 @@ def _latent_model(seed: int, tie_word_embeddings: bool, fields: str) -> LatentQw
 
 
 def tiny_latent_model(
-    seed: int = 0, tie_word_embeddings: bool = False, **fields: Any
-) -> LatentQwen2_5_VLForConditionalGeneration:
+    seed: int = 0, tie_word_embeddings: bool = False, family: str = DEFAULT_FAMILY, **fields: Any
+) -> PreTrainedModel:
     """The stock model of the same arguments as a latent model in evaluation mode, float32; a copy for every caller.
 
     Args:
-        seed, tie_word_embeddings: see [`tests.tiny.tiny_stock_model`].
+        seed, tie_word_embeddings, family: see [`tests.tiny.tiny_stock_model`].
         fields: latent fields of the configuration, e.g. `latent_head="simple"` or `latent_token_id=None`; the default
             is the token ids of [`tests.tiny.tiny_processor`] and nothing else.
     """
-    return copy.deepcopy(_latent_model(seed, tie_word_embeddings, json.dumps(fields, sort_keys=True)))
+    return copy.deepcopy(_latent_model(seed, tie_word_embeddings, family, json.dumps(fields, sort_keys=True)))
 
 
 def liven(model: torch.nn.Module, scale: float = 4.0) -> torch.nn.Module:
@@ -57,10 +59,10 @@ def liven(model: torch.nn.Module, scale: float = 4.0) -> torch.nn.Module:
 
 @lru_cache
 def tiny_pair(
-    seed: int = 0, scale: float = 4.0
-) -> tuple[Qwen2_5_VLForConditionalGeneration, LatentQwen2_5_VLForConditionalGeneration]:
+    seed: int = 0, scale: float = 4.0, family: str = DEFAULT_FAMILY
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A stock and a latent model of equal, enlarged weights, built once: do not change them."""
-    return liven(tiny_stock_model(seed), scale), liven(tiny_latent_model(seed), scale)
+    return liven(tiny_stock_model(seed, family=family), scale), liven(tiny_latent_model(seed, family=family), scale)
 
 
 def eager_assistant(model: torch.nn.Module) -> torch.nn.Module:

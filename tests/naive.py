@@ -13,6 +13,7 @@ slots after one start marker; what a slot *said* is the token that the scores ch
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ def naive_generate(
     """Greedy decoding of one prompt `[1, length]`, recomputing everything at every step.
 
     Args:
-        model: a stock `Qwen2_5_VLForConditionalGeneration`, or a class with the same `.model` and `.lm_head`.
+        model: a stock model of the Qwen-VL families, or a class with the same `.model` and `.lm_head`.
         strategy: `off` (no span opens), `fixed` (`num_latent_steps` slots after each start marker) or `dynamic` (slots
             until the scores choose the end marker, the end is forced after `max(max_latent_steps, 1)` of them).
         force_span: the first token is the start marker; default true for `dynamic` only. If the prompt already ends
@@ -169,9 +170,14 @@ class _Prompt:
         self.image_grid_thw = image_grid_thw
         self.image_positions = (input_ids[0] == model.config.image_token_id).nonzero()[:, 0].tolist()
         self.image_vectors = []
+        self.deep_features: dict[str, Any] = {}
         if pixel_values is not None:
-            for image in model.model.get_image_features(pixel_values, image_grid_thw).pooler_output:
+            features = model.model.get_image_features(pixel_values, image_grid_thw)
+            for image in features.pooler_output:
                 self.image_vectors.extend(image)
+            # Qwen3-VL: further vectors of the images, one set a layer, that are added behind the first text layers.
+            if "deepstack_features" in features:
+                self.deep_features["deepstack_visual_embeds"] = [torch.cat(f) for f in features.deepstack_features]
         if len(self.image_vectors) != len(self.image_positions):
             raise ValueError(
                 f"the prompt has {len(self.image_positions)} image placeholders but the images give "
@@ -196,7 +202,10 @@ def _read(
     for position, vector in vectors.items():
         embeds[0, position] = vector
     positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=token_types, image_grid_thw=prompt.image_grid_thw)
-    output = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+    deep = dict(prompt.deep_features)
+    if deep:
+        deep["visual_pos_masks"] = token_types == 1
+    output = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False, **deep)
     hidden = output.last_hidden_state[0, -1]
     if result.ids:  # the last position is a generated one
         result.fed.append(embeds[0, -1])

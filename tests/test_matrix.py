@@ -1,6 +1,6 @@
 """Every backbone, strategy and way of decoding against the naive decoder of `tests/naive.py`.
 
-The table has three axes: a new backbone is one entry of `BACKBONES`, a new strategy one entry of `SCENARIOS`, a new
+The table has three axes: a new backbone is one entry of `BACKBONES`, a new strategy one entry of `scenarios`, a new
 way of decoding one function decorated with `behaviour`. A cell runs all scenarios of its strategy: ids must be equal,
 slots in the same places, their vectors within 1e-4, and their positions equal.
 
@@ -10,8 +10,8 @@ span while another writes text, and a third has ended.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,11 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from tests.latent import ScriptProcessor, eager_assistant, latent_token_ids, tiny_pair
 from tests.naive import NaiveResult, naive_generate
-from tests.tiny import tiny_processor, tiny_prompts
+from tests.tiny import FAMILIES, tiny_processor, tiny_prompts
 
 TOLERANCE = 1e-4
-SLOT, START, END = latent_token_ids().values()
-EOS, PAD = tiny_processor().tokenizer.eos_token_id, tiny_processor().tokenizer.pad_token_id
 PER_ROW = ("max_latent_steps", "num_latent_steps")
 SCALE = 6.0
 NO_HYPOTHESIS = (
@@ -36,6 +34,18 @@ NO_HYPOTHESIS = (
 # First axis: backbones
 
 
+class Ids(NamedTuple):
+    """Token ids that the scenarios are written with; they differ between vocabularies."""
+
+    SLOT: int
+    START: int
+    END: int
+    EOS: int
+    PAD: int
+    IMAGE: int
+    VIDEO: int
+
+
 @dataclass(frozen=True)
 class Backbone:
     """What the table needs to know of a backbone.
@@ -43,19 +53,21 @@ class Backbone:
     Args:
         pair: seed -> (stock model, latent model) of equal weights.
         rows: the three prompts, each a batch of one without padding.
+        ids: token ids of its vocabulary.
         naive: `(stock model, row, **options of the naive decoder)`.
     """
 
     pair: Callable[[int], tuple[torch.nn.Module, torch.nn.Module]]
     rows: Callable[[], list[dict[str, torch.Tensor]]]
+    ids: Callable[[], Ids]
     naive: Callable[..., NaiveResult]
 
 
-@lru_cache
-def chat_rows() -> list[dict[str, torch.Tensor]]:
+@cache
+def chat_rows(family: str) -> list[dict[str, torch.Tensor]]:
     """Two prompts with an image and one without."""
     text_only = [{"role": "user", "content": "Which option is right? Yes, it is safe."}]
-    processor, rows = tiny_processor(), []
+    processor, rows = tiny_processor(family), []
     for prompt in [*tiny_prompts(), text_only]:
         inputs = processor.apply_chat_template(
             [prompt], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
@@ -64,13 +76,23 @@ def chat_rows() -> list[dict[str, torch.Tensor]]:
     return rows
 
 
+@cache
+def chat_ids(family: str) -> Ids:
+    tokenizer = tiny_processor(family).tokenizer
+    placeholders = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    return Ids(*latent_token_ids(family).values(), tokenizer.eos_token_id, tokenizer.pad_token_id, *placeholders)
+
+
 def naive_qwen(model: torch.nn.Module, row: dict[str, torch.Tensor], **options: Any) -> NaiveResult:
     return naive_generate(model, row["input_ids"], row.get("pixel_values"), row.get("image_grid_thw"), **options)
 
 
-BACKBONES = {
-    "qwen2_5_vl": Backbone(lambda seed: tiny_pair(seed, SCALE), chat_rows, naive_qwen),
-}
+def qwen(family: str) -> Backbone:
+    pair = partial(tiny_pair, scale=SCALE, family=family)
+    return Backbone(pair, partial(chat_rows, family), partial(chat_ids, family), naive_qwen)
+
+
+BACKBONES = {family: qwen(family) for family in FAMILIES}
 
 
 # Second axis: strategies, each with scenarios
@@ -127,129 +149,137 @@ class Scenario:
     tails: tuple[tuple[int, ...], ...] = ((), (), ())
     processors: tuple[LogitsProcessor, ...] = ()
     seed: int = 0
-    max_new_tokens: int = 14
+    max_new_tokens: int = 11
 
-    def process(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """The scores after all processors."""
-        for processor in self.processors:
-            scores = processor(input_ids, scores)
-        return scores
-
-
-OPEN = ((START,), (START,), (START,))
-# For drafts copied from the prompt. After 50 the draft is 51 52 START, but the model says 51 60: what was decided
-# behind START is given up. After 60 the draft is 61 62 63, which is right and covers the same positions.
-DRAFT_TAIL = (50, 51, 52, START, 53, 60, 61, 62, 63, 55, 50)
-REJECTED: dict[str, Any] = {
-    "tails": (DRAFT_TAIL,) * 3,
-    "processors": (Follow({50: 51, 51: 60, 60: 61, 61: 62, 62: 63}), Discourage()),
-}
-# Here the draft is right and opens a span; END is followed by 50, and so on.
-ACCEPTED: dict[str, Any] = {
-    "tails": (DRAFT_TAIL,) * 3,
-    "processors": (Follow({50: 51, 51: 52, 52: START, START: 40, END: 50}),),
-}
 
 COMPILED = {"off": "rows end one by one", "fixed": "opened in the text, twice", "dynamic": "opens again"}
 
-SCENARIOS: dict[str, list[Scenario]] = {
-    "off": [
-        Scenario("free"),
-        Scenario("another model", seed=1),
-        Scenario("rows end one by one", scripts=({3: EOS}, {6: EOS}, {0: PAD})),
-        Scenario("a start marker is never written", processors=(Prefer(START),)),
-        Scenario("a start marker in the prompt opens nothing", tails=OPEN, processors=(Discourage(),)),
-        Scenario("rejected drafts", scripts=({}, {4: EOS}, {}), **REJECTED),
-        Scenario("accepted drafts, but for the start marker", **ACCEPTED),
-    ],
-    "fixed": [
-        Scenario("quota per row", {"num_latent_steps": [1, 4, 0]}, tails=OPEN),
-        Scenario("forced", {"num_latent_steps": 3, "force_span": True}, seed=1, processors=(Discourage(),)),
-        Scenario(
-            "opened in the text, twice",
-            {"num_latent_steps": [2, 1, 3]},
-            scripts=({2: START, 7: START}, {0: START, 5: START}, {6: START, 11: START}),
-        ),
-        Scenario(
-            "end marker, end of turn and start marker say nothing inside",
-            {"num_latent_steps": [3, 2, 4]},
-            tails=OPEN,
-            scripts=({0: END, 1: EOS, 2: START, 5: EOS}, {0: EOS, 1: END, 2: END}, {0: PAD, 3: START}),
-        ),
-        Scenario(
-            "repetition",
-            {"num_latent_steps": [6, 3, 8], "repetition_exit": True, "latent_answer_ids": [40, 41, 42]},
-            tails=OPEN,
-            scripts=({1: 30, 2: 30, 3: 30}, {1: 30, 2: 30, 3: 30}, {1: 30, 2: 30, 3: 31, 4: 31, 5: 31}),
-        ),
-        Scenario("slot id is never said", {"num_latent_steps": 3}, tails=OPEN, processors=(Prefer(SLOT),)),
-        Scenario("cut by the budget", {"num_latent_steps": [5, 2, 9]}, tails=OPEN, max_new_tokens=4),
-        Scenario("rejected drafts", {"num_latent_steps": 2}, scripts=({8: START}, {5: START}, {6: START}), **REJECTED),
-        Scenario("accepted drafts", {"num_latent_steps": 2}, scripts=({5: 50}, {6: 50}, {7: 60}), **ACCEPTED),
-        Scenario(
-            "the model opens spans",
-            {"num_latent_steps": [1, 2, 3]},
-            processors=(Prefer(START, by=2.5), Discourage()),
-            max_new_tokens=20,
-        ),
-    ],
-    "dynamic": [
-        Scenario("cap per row", {"max_latent_steps": [1, 3, 6]}),
-        Scenario("another model", {"max_latent_steps": 5}, seed=1, processors=(Discourage(),)),
-        Scenario(
-            "the model says end",
-            {"latent_answer_ids": [40, 41]},
-            scripts=({1: END}, {4: END, 8: EOS}, {2: END, 3: EOS}),
-        ),
-        Scenario("answer ids after the cap", {"max_latent_steps": [1, 2, 4], "latent_answer_ids": [40, 41, 42]}),
-        Scenario(
-            "says end at the cap",
-            {"max_latent_steps": [2, 3, 2], "latent_answer_ids": 40},
-            scripts=({3: END}, {3: END}, {4: END}),
-        ),
-        Scenario(
-            "opens again",
-            {"max_latent_steps": [3, 2, 4]},
-            scripts=({1: END, 3: START, 5: END}, {2: END, 3: START, 9: START}, {3: START, 4: END, 5: START, 6: END}),
-        ),
-        Scenario(
-            "not forced",
-            {"max_latent_steps": 3, "force_span": False},
-            tails=((), (), (START,)),
-            scripts=({2: START}, {}, {}),
-        ),
-        Scenario("forced on an open prompt", {"max_latent_steps": [1, 2, 3]}, tails=OPEN),
-        Scenario(
-            "repetition",
-            {"max_latent_steps": 9, "repetition_exit": True, "latent_answer_ids": [40, 41]},
-            scripts=({2: 30, 3: 30, 4: 30}, {1: START, 2: START}, {3: 31, 4: 31, 5: 31}),
-        ),
-        Scenario(
-            "end of turn inside a span, then outside",
-            {"max_latent_steps": [2, 6, 4]},
-            scripts=({1: EOS, 2: PAD, 4: EOS}, {3: EOS}, {2: EOS, 6: EOS}),
-        ),
-        Scenario(
-            "answer ids that open a span and end the turn",
-            {"max_latent_steps": [1, 2, 5], "latent_answer_ids": [40, START, 41, END, EOS]},
-        ),
-        Scenario("slot id is never said", {"max_latent_steps": 3}, processors=(Prefer(SLOT),)),
-        Scenario("cut by the budget", {"max_latent_steps": [2, 9, 3]}, max_new_tokens=4),
-        Scenario(
-            "rejected drafts",
-            {"force_span": False, "max_latent_steps": 2},
-            scripts=({8: START}, {5: START}, {6: START}),
-            **REJECTED,
-        ),
-        Scenario("accepted drafts", {"force_span": False, "max_latent_steps": [1, 2, 3]}, **ACCEPTED),
-        Scenario(
-            "the model opens and closes spans",
-            {"force_span": False, "max_latent_steps": [4, 3, 5], "latent_answer_ids": [40]},
-            processors=(Prefer(START, by=2.5), Prefer(END, by=2.0), Discourage()),
-            max_new_tokens=20,
-        ),
-    ],
-}  # fmt: skip
+STRATEGIES = ("off", "fixed", "dynamic")
+
+
+@cache
+def scenarios(ids: Ids) -> dict[str, list[Scenario]]:
+    """Strategy to its scenarios, written with the ids of one vocabulary."""
+    SLOT, START, END, EOS, PAD, *_ = ids
+    OPEN = ((START,), (START,), (START,))
+    # For drafts copied from the prompt. After 50 the draft is 51 52 START, but the model says 51 60: what was decided
+    # behind START is given up. After 60 the draft is 61 62 63, which is right and covers the same positions.
+    DRAFT_TAIL = (50, 51, 52, START, 53, 60, 61, 62, 63, 55, 50)
+    REJECTED: dict[str, Any] = {
+        "tails": (DRAFT_TAIL,) * 3,
+        "processors": (Follow({50: 51, 51: 60, 60: 61, 61: 62, 62: 63}), Discourage()),
+    }
+    # Here the draft is right and opens a span; END is followed by 50, and so on.
+    ACCEPTED: dict[str, Any] = {
+        "tails": (DRAFT_TAIL,) * 3,
+        "processors": (Follow({50: 51, 51: 52, 52: START, START: 40, END: 50}),),
+    }
+
+    return {
+        "off": [
+            Scenario("free"),
+            Scenario("another model", seed=1),
+            Scenario("rows end one by one", scripts=({3: EOS}, {6: EOS}, {0: PAD})),
+            Scenario("a start marker is never written", processors=(Prefer(START),)),
+            Scenario("a start marker in the prompt opens nothing", tails=OPEN, processors=(Discourage(),)),
+            Scenario("rejected drafts", scripts=({}, {4: EOS}, {}), **REJECTED),
+            Scenario("accepted drafts, but for the start marker", **ACCEPTED),
+        ],
+        "fixed": [
+            Scenario("quota per row", {"num_latent_steps": [1, 4, 0]}, tails=OPEN),
+            Scenario("forced", {"num_latent_steps": 3, "force_span": True}, seed=1, processors=(Discourage(),)),
+            Scenario(
+                "opened in the text, twice",
+                {"num_latent_steps": [2, 1, 3]},
+                scripts=({2: START, 7: START}, {0: START, 5: START}, {4: START, 8: START}),
+            ),
+            Scenario(
+                "end marker, end of turn and start marker say nothing inside",
+                {"num_latent_steps": [3, 2, 4]},
+                tails=OPEN,
+                scripts=({0: END, 1: EOS, 2: START, 5: EOS}, {0: EOS, 1: END, 2: END}, {0: PAD, 3: START}),
+            ),
+            Scenario(
+                "repetition",
+                {"num_latent_steps": [6, 3, 8], "repetition_exit": True, "latent_answer_ids": [40, 41, 42]},
+                tails=OPEN,
+                scripts=({1: 30, 2: 30, 3: 30}, {1: 30, 2: 30, 3: 30}, {1: 30, 2: 30, 3: 31, 4: 31, 5: 31}),
+            ),
+            Scenario("slot id is never said", {"num_latent_steps": 3}, tails=OPEN, processors=(Prefer(SLOT),)),
+            Scenario("cut by the budget", {"num_latent_steps": [5, 2, 9]}, tails=OPEN, max_new_tokens=4),
+            Scenario(
+                "rejected drafts", {"num_latent_steps": 2}, scripts=({8: START}, {5: START}, {6: START}), **REJECTED
+            ),
+            Scenario("accepted drafts", {"num_latent_steps": 2}, scripts=({5: 50}, {6: 50}, {7: 60}), **ACCEPTED),
+            Scenario(
+                "the model opens spans",
+                {"num_latent_steps": [1, 2, 3]},
+                processors=(Prefer(START, by=2.5), Discourage()),
+                max_new_tokens=16,
+            ),
+        ],
+        "dynamic": [
+            Scenario("cap per row", {"max_latent_steps": [1, 3, 6]}),
+            Scenario("another model", {"max_latent_steps": 5}, seed=1, processors=(Discourage(),)),
+            Scenario(
+                "the model says end",
+                {"latent_answer_ids": [40, 41]},
+                scripts=({1: END}, {4: END, 8: EOS}, {2: END, 3: EOS}),
+            ),
+            Scenario("answer ids after the cap", {"max_latent_steps": [1, 2, 4], "latent_answer_ids": [40, 41, 42]}),
+            Scenario(
+                "says end at the cap",
+                {"max_latent_steps": [2, 3, 2], "latent_answer_ids": 40},
+                scripts=({3: END}, {3: END}, {4: END}),
+            ),
+            Scenario(
+                "opens again",
+                {"max_latent_steps": [3, 2, 4]},
+                scripts=(
+                    {1: END, 3: START, 5: END},
+                    {2: END, 3: START, 9: START},
+                    {3: START, 4: END, 5: START, 6: END},
+                ),
+            ),
+            Scenario(
+                "not forced",
+                {"max_latent_steps": 3, "force_span": False},
+                tails=((), (), (START,)),
+                scripts=({2: START}, {}, {}),
+            ),
+            Scenario("forced on an open prompt", {"max_latent_steps": [1, 2, 3]}, tails=OPEN),
+            Scenario(
+                "repetition",
+                {"max_latent_steps": 9, "repetition_exit": True, "latent_answer_ids": [40, 41]},
+                scripts=({2: 30, 3: 30, 4: 30}, {1: START, 2: START}, {3: 31, 4: 31, 5: 31}),
+            ),
+            Scenario(
+                "end of turn inside a span, then outside",
+                {"max_latent_steps": [2, 6, 4]},
+                scripts=({1: EOS, 2: PAD, 4: EOS}, {3: EOS}, {2: EOS, 6: EOS}),
+            ),
+            Scenario(
+                "answer ids that open a span and end the turn",
+                {"max_latent_steps": [1, 2, 5], "latent_answer_ids": [40, START, 41, END, EOS]},
+                max_new_tokens=14,
+            ),
+            Scenario("slot id is never said", {"max_latent_steps": 3}, processors=(Prefer(SLOT),)),
+            Scenario("cut by the budget", {"max_latent_steps": [2, 9, 3]}, max_new_tokens=4),
+            Scenario(
+                "rejected drafts",
+                {"force_span": False, "max_latent_steps": 2},
+                scripts=({8: START}, {5: START}, {6: START}),
+                **REJECTED,
+            ),
+            Scenario("accepted drafts", {"force_span": False, "max_latent_steps": [1, 2, 3]}, **ACCEPTED),
+            Scenario(
+                "the model opens and closes spans",
+                {"force_span": False, "max_latent_steps": [4, 3, 5], "latent_answer_ids": [40]},
+                processors=(Prefer(START, by=2.5), Prefer(END, by=2.0), Discourage()),
+                max_new_tokens=16,
+            ),
+        ],
+    }
 
 
 # A cell
@@ -271,6 +301,21 @@ class Cell:
     def model(self) -> torch.nn.Module:
         return BACKBONES[self.backbone].pair(self.scenario.seed)[1]
 
+    @property
+    def ids(self) -> Ids:
+        return BACKBONES[self.backbone].ids()
+
+    @property
+    def processors(self) -> list[LogitsProcessor]:
+        """Those of the scenario, and one that writes no placeholder: without a cache it would be read as an image."""
+        return [*self.scenario.processors, Prefer(self.ids.IMAGE, self.ids.VIDEO, by=-1e4)]
+
+    def process(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The scores after all processors."""
+        for processor in self.processors:
+            scores = processor(input_ids, scores)
+        return scores
+
     def row(self, index: int) -> dict[str, torch.Tensor]:
         """The prompt of one row with its tail, `[1, length]`."""
         row = dict(BACKBONES[self.backbone].rows()[index])
@@ -283,31 +328,31 @@ class Cell:
 
     def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """Some rows, padded on the left."""
-        return left_pad([self.row(index) for index in rows])
+        return left_pad([self.row(index) for index in rows], self.ids.PAD)
 
     def naive_options(self, index: int) -> dict[str, Any]:
         """The options of one row in the words of the naive decoder."""
-        options = {"start_id": START, "slot_id": SLOT, "end_id": END, "eos_ids": [EOS, PAD], "strategy": self.strategy}
+        ids = self.ids
+        options = {"start_id": ids.START, "slot_id": ids.SLOT, "end_id": ids.END, "eos_ids": [ids.EOS, ids.PAD]}
+        options["strategy"] = self.strategy
         for name, value in self.scenario.options.items():
             value = value[index] if name in PER_ROW and isinstance(value, list) else value
             if name == "latent_answer_ids":
                 name, value = "answer_ids", [value] if isinstance(value, int) else value
             options[name] = value
-        return {**options, "max_new_tokens": self.scenario.max_new_tokens, "process_scores": self.scenario.process}
+        return {**options, "max_new_tokens": self.scenario.max_new_tokens, "process_scores": self.process}
 
     def expected(self, index: int, script: dict[int, int] | None = None) -> NaiveResult:
         """What the naive decoder does with a row, with its script or another one."""
-        if script is not None:
-            options = self.naive_options(index)
-            return BACKBONES[self.backbone].naive(self.stock, self.row(index), script=script, **options)
-        return _expected(self.backbone, self.strategy, self.scenario.name, index)
+        script = self.scenario.scripts[index] if script is None else script
+        return _expected(self.backbone, self.strategy, self.scenario.name, index, tuple(sorted(script.items())))
 
     def generate(self, rows: list[int], model: torch.nn.Module | None = None, **options: Any) -> Any:
         """`generate` on some rows with the script and the processor of the scenario."""
         inputs = self.batch(rows)
         scripts = [self.scenario.scripts[index] for index in rows]
         script = ScriptProcessor(scripts, inputs["input_ids"].shape[1])
-        processors = LogitsProcessorList([*self.scenario.processors, script])
+        processors = LogitsProcessorList([*self.processors, script])
         latent = {}
         if model is None:
             latent = {"latent_strategy": self.strategy, **self.scenario.options}
@@ -321,25 +366,24 @@ class Cell:
 
 
 @cache
-def _expected(backbone: str, strategy: str, scenario: str, index: int) -> NaiveResult:
+def _expected(backbone: str, strategy: str, scenario: str, index: int, script: tuple) -> NaiveResult:
     cell = next(cell for cell in cells(backbone, strategy) if cell.scenario.name == scenario)
-    return BACKBONES[backbone].naive(
-        cell.stock, cell.row(index), script=cell.scenario.scripts[index], **cell.naive_options(index)
-    )
+    options = cell.naive_options(index)
+    return BACKBONES[backbone].naive(cell.stock, cell.row(index), script=dict(script), **options)
 
 
 def cells(backbone: str, strategy: str) -> Iterator[Cell]:
-    for scenario in SCENARIOS[strategy]:
+    for scenario in scenarios(BACKBONES[backbone].ids())[strategy]:
         yield Cell(backbone, strategy, scenario)
 
 
-def left_pad(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def left_pad(rows: list[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:
     length = max(row["input_ids"].shape[1] for row in rows)
     batch: dict[str, list[torch.Tensor]] = {}
     for row in rows:
         for name, value in row.items():
             if value.shape == row["input_ids"].shape:
-                fill = PAD if name == "input_ids" else 0
+                fill = pad_id if name == "input_ids" else 0
                 value = torch.nn.functional.pad(value, (length - value.shape[1], 0), value=fill)
             batch.setdefault(name, []).append(value)
     return {name: torch.cat(values) for name, values in batch.items()}
@@ -351,7 +395,7 @@ def assert_same(cell: Cell, output: Any, number: int, expected: NaiveResult) -> 
     start, length = trace.prompt_length, len(expected.ids)
     new = output.sequences[number, start:].tolist()
     assert new[:length] == expected.ids, name
-    assert set(new[length:]) <= {PAD}, name
+    assert set(new[length:]) <= {cell.ids.PAD}, name
     assert trace.latent_mask[number, start:].tolist() == expected.is_latent + [False] * (len(new) - length), name
     assert not trace.latent_mask[number, :start].any(), name
     if trace.position_ids is not None:
@@ -463,9 +507,7 @@ def assistant_model(backbone: str, strategy: str) -> None:
         for index, seed in enumerate((cell.scenario.seed, 2, cell.scenario.seed)):
             assistant = eager_assistant(BACKBONES[backbone].pair(seed)[0])
             with counted_forwards(cell.model) as calls:
-                # A draft with an image placeholder would be read as an image, by the stock class too.
-                unfit = {"suppress_tokens": [cell.stock.config.image_token_id]}
-                output = cell.generate([index], assistant_model=assistant, **unfit)
+                output = cell.generate([index], assistant_model=assistant)
             assert_same(cell, output, 0, cell.expected(index))
             saved += len(cell.expected(index).ids) - len(calls)
     assert saved >= 10, "hardly any draft was accepted: this cell tests nothing"
@@ -493,44 +535,44 @@ def script_of(output: Any, number: int, length: int) -> dict[int, int]:
     return dict(enumerate(said))
 
 
-def generated_length(row: list[int]) -> int:
+def generated_length(row: list[int], ids: Ids) -> int:
     """Up to the first end of turn."""
-    return next((step + 1 for step, token in enumerate(row) if token in (EOS, PAD)), len(row))
+    return next((step + 1 for step, token in enumerate(row) if token in (ids.EOS, ids.PAD)), len(row))
 
 
 @behaviour
 def sampling(backbone: str, strategy: str) -> None:
     """The naive decoder, made to say what was sampled, does the same; `off` draws what the stock class draws."""
     warpers: list[dict[str, Any]] = [{"temperature": 1.5, "top_k": 0}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}]
-    for cell in cells(backbone, strategy):
-        for seed, warper in enumerate(warpers):
+    for seed, cell in enumerate(cells(backbone, strategy)):
+        warper = warpers[seed % 2]
+        torch.manual_seed(seed)
+        output = cell.generate([0, 1, 2], do_sample=True, **warper)
+        for index in range(3):
+            generated = output.sequences[index, output.latent_trace.prompt_length :].tolist()
+            length = generated_length(generated, cell.ids)
+            assert_same(cell, output, index, cell.expected(index, script_of(output, index, length)))
+        if strategy == "off":
             torch.manual_seed(seed)
-            output = cell.generate([0, 1, 2], do_sample=True, **warper)
-            for index in range(3):
-                length = generated_length(output.sequences[index, output.latent_trace.prompt_length :].tolist())
-                assert_same(cell, output, index, cell.expected(index, script_of(output, index, length)))
-            if strategy == "off":
-                torch.manual_seed(seed)
-                banned = {"suppress_tokens": [SLOT, START]}
-                stock = cell.generate([0, 1, 2], cell.stock, do_sample=True, **banned, **warper)
-                assert output.sequences.tolist() == stock.sequences.tolist(), cell.scenario.name
+            banned = {"suppress_tokens": [cell.ids.SLOT, cell.ids.START]}
+            stock = cell.generate([0, 1, 2], cell.stock, do_sample=True, **banned, **warper)
+            assert output.sequences.tolist() == stock.sequences.tolist(), cell.scenario.name
 
 
 def beam_search(backbone: str, strategy: str, beams: int) -> None:
-    """Scores are those of a teacher-forced replay, forced ids free of charge; a batch is its rows alone."""
-    for cell in cells(backbone, strategy):
+    """Scores are those of a teacher-forced replay, forced ids free of charge; a row alone is that of the batch."""
+    for turn, cell in enumerate(cells(backbone, strategy)):
         options = {"num_beams": beams, "num_return_sequences": 2, "output_scores": True}
         output = cell.generate([0, 1, 2], **options)
-        for index in range(3):
-            single = cell.generate([index], **options)
-            for beam in range(2):
-                number = 2 * index + beam
-                score = assert_replayed(cell, output, number, index)
-                assert single.sequences_scores[beam].item() == pytest.approx(score, abs=1e-5, rel=1e-6)
-                if score > NO_HYPOTHESIS:
-                    assert written(single, beam) == written(output, number), f"{cell.scenario.name}, row {index}"
+        scores = [assert_replayed(cell, output, number, number // 2) for number in range(6)]
+        index = (turn + beams) % 3  # each scenario has its turn with one row, another one for each number of beams
+        single = cell.generate([index], **options)
+        for beam, score in enumerate(scores[2 * index : 2 * index + 2]):
+            assert single.sequences_scores[beam].item() == pytest.approx(score, abs=1e-5, rel=1e-6)
+            if score > NO_HYPOTHESIS:
+                assert written(single, beam) == written(output, 2 * index + beam), f"{cell.scenario.name}, row {index}"
         if strategy == "off":
-            stock = cell.generate([0, 1, 2], cell.stock, suppress_tokens=[SLOT, START], **options)
+            stock = cell.generate([0, 1, 2], cell.stock, suppress_tokens=[cell.ids.SLOT, cell.ids.START], **options)
             assert output.sequences.tolist() == stock.sequences.tolist(), cell.scenario.name
             torch.testing.assert_close(output.sequences_scores, stock.sequences_scores)
 
@@ -555,11 +597,11 @@ def assert_replayed(cell: Cell, output: Any, number: int, index: int) -> float:
     for step, (token, logits) in enumerate(zip(expected.ids, expected.logits, strict=True)):
         scores = logits.float().log_softmax(-1)
         ids = torch.cat([cell.row(index)["input_ids"], torch.tensor([expected.ids[:step]], dtype=torch.long)], dim=1)
-        scores = cell.scenario.process(ids, scores[None])[0]
+        scores = cell.process(ids, scores[None])[0]
         if step in free:
             total += float(scores[token])
         elif step in words and step not in cell.scenario.scripts[index]:
-            scores[SLOT] = -float("inf")
+            scores[cell.ids.SLOT] = -float("inf")
             assert script[step] == int(scores.argmax()), f"{cell.scenario.name}: a span goes by the best id"
     assert score == pytest.approx(total / length, abs=1e-5), cell.scenario.name
     return score
@@ -616,15 +658,20 @@ def traced_decode(backbone: str, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
-@pytest.mark.parametrize("strategy", SCENARIOS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_cell(backbone: str, strategy: str, behaviour: str) -> None:
     BEHAVIOURS[behaviour](backbone, strategy)
 
 
+# Families differ inside the layers, strategies around them: all strategies on one family, one strategy on the others.
+COMPILED_CELLS = [("qwen2_5_vl", strategy) for strategy in STRATEGIES] + [
+    (backbone, "dynamic") for backbone in BACKBONES if backbone != "qwen2_5_vl"
+]
+
+
 @pytest.mark.slow
 @pytest.mark.compiler
-@pytest.mark.parametrize("strategy", SCENARIOS)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("backbone", "strategy"), COMPILED_CELLS)
 def test_compiled_decode(backbone: str, strategy: str) -> None:
     compiled_decode(backbone, strategy, "inductor")

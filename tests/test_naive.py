@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from tests.latent import tiny_pair
 from tests.naive import NaiveResult, naive_generate
+from tests.tiny import FAMILIES, tiny_inputs
 
 START, SLOT, END, IMAGE, EOS = 90, 91, 92, 95, 1
 GRID = torch.tensor([[1, 4, 4], [1, 4, 6]])
@@ -102,6 +104,25 @@ def test_off_equals_stock_greedy_decoding(model: torch.nn.Module, pixels: torch.
     assert len(set(ours.ids)) > 3, "the model says nothing of interest"
     assert not any(ours.is_latent) and not ours.slot_inputs
     torch.testing.assert_close(torch.stack(ours.logits), torch.cat(stock.logits), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_decodes_as_the_stock_class_does(family: str) -> None:
+    """With the image, its deep-stack features and rotary positions where the family has them."""
+    stock, row = tiny_pair(0, 6.0, family)[0], tiny_inputs(family=family)
+    count = int(row["image_grid_thw"][0].prod())
+    row = {name: row[name][1:] for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")} | {
+        "pixel_values": row["pixel_values"][count:]
+    }
+    output = stock.generate(
+        **row, max_new_tokens=10, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True
+    )
+    unused = {"start_id": 0, "slot_id": 1, "end_id": 2, "latent_ids": "readable"}
+    ours = naive_generate(
+        stock, row["input_ids"], row["pixel_values"], row["image_grid_thw"], eos_ids=[], max_new_tokens=10, **unused
+    )
+    assert ours.ids == output.sequences[0, row["input_ids"].shape[1] :].tolist()
+    torch.testing.assert_close(torch.stack(ours.logits), torch.cat(output.logits), atol=1e-4, rtol=1e-4)
 
 
 def test_off_stops_at_eos(model: torch.nn.Module, pixels: torch.Tensor) -> None:

@@ -1,41 +1,48 @@
-"""Tiny parts shared by the tests: processor, stock model, images and a batch. Built once, handed out as copies."""
+"""Tiny parts shared by the tests: processor, stock model, images and a batch. Built once, handed out as copies.
+
+Everything exists for each family of `trainers.tiny.TINY_FAMILIES`; the default is Qwen2.5-VL.
+"""
 
 import copy
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
-from transformers import BatchFeature, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel
 
 from modeling_latent.processing_latent import LatentProcessor
-from trainers.tiny import build_tiny_processor, build_tiny_stock_model, tiny_qwen2_5_vl_config
+from trainers import tiny
+from trainers.tiny import DEFAULT_FAMILY, TINY_FAMILIES
 
+FAMILIES = tuple(TINY_FAMILIES)
 LASER_TOKENS = {"start": "<|laser_start|>", "slot": "<|laser|>", "end": "<|laser_end|>"}
 
 
 @lru_cache
-def _processor() -> LatentProcessor:
-    return build_tiny_processor(latent_tokens=LASER_TOKENS)
+def _processor(family: str) -> LatentProcessor:
+    return tiny.build_tiny_processor(latent_tokens=LASER_TOKENS, family=family)
 
 
 @lru_cache
-def _stock_model(seed: int, tie_word_embeddings: bool) -> Qwen2_5_VLForConditionalGeneration:
-    return build_tiny_stock_model(tiny_config(tie_word_embeddings=tie_word_embeddings), seed)
+def _stock_model(seed: int, tie_word_embeddings: bool, family: str) -> PreTrainedModel:
+    return tiny.build_tiny_stock_model(tiny_config(tie_word_embeddings, family), seed)
 
 
-def tiny_processor() -> LatentProcessor:
+def tiny_processor(family: str = DEFAULT_FAMILY) -> LatentProcessor:
     """A processor with the marker tokens of LASER; an image of 80 x 60 pixels is 2 tokens."""
-    return copy.deepcopy(_processor())
+    return copy.deepcopy(_processor(family))
 
 
-def tiny_config(tie_word_embeddings: bool = False) -> Qwen2_5_VLConfig:
+def tiny_config(tie_word_embeddings: bool = False, family: str = DEFAULT_FAMILY) -> PreTrainedConfig:
     """A stock configuration with the token ids and the vocabulary of [`tiny_processor`]: hidden 64, 2 layers."""
-    return tiny_qwen2_5_vl_config(None, _processor().tokenizer, tie_word_embeddings=tie_word_embeddings)
+    return tiny.tiny_config(family, None, _processor(family).tokenizer, tie_word_embeddings=tie_word_embeddings)
 
 
-def tiny_stock_model(seed: int = 0, tie_word_embeddings: bool = False) -> Qwen2_5_VLForConditionalGeneration:
+def tiny_stock_model(
+    seed: int = 0, tie_word_embeddings: bool = False, family: str = DEFAULT_FAMILY
+) -> PreTrainedModel:
     """A random stock model of [`tiny_config`] in evaluation mode, float32; the same weights for the same seed."""
-    return copy.deepcopy(_stock_model(seed, tie_word_embeddings))
+    return copy.deepcopy(_stock_model(seed, tie_word_embeddings, family))
 
 
 def tiny_images(n: int) -> list[Image.Image]:
@@ -66,9 +73,9 @@ def tiny_prompts() -> list[list[dict]]:
     ]
 
 
-def tiny_inputs(processor: LatentProcessor | None = None) -> BatchFeature:
+def tiny_inputs(processor: LatentProcessor | None = None, family: str = DEFAULT_FAMILY) -> BatchFeature:
     """[`tiny_prompts`] as one batch of tensors, padded on the left, ready for `model.generate(**inputs)`."""
-    processor = processor or _processor()
+    processor = processor or _processor(family)
     return processor.apply_chat_template(
         tiny_prompts(),
         tokenize=True,

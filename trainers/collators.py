@@ -72,17 +72,16 @@ class LatentSFTCollator:
 
     def __post_init__(self) -> None:
         check_layout(self.latent_form, self.num_slots, self.pad_to_multiple_of)
+        self._system_message = self.processor.default_system_message  # as the chat template writes it in decoding
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        records = [record_from_row(_completed(row)) for row in rows]
-        if self.latent_form == "none":
-            records = [self._without_spans(record) for record in records]
+        records = [self.record(row) for row in rows]
         images = [open_image(image, record) for record in records for image in record["images"] or []]
         features = self._pixels(images, records)
         merge = self.processor.image_processor.merge_size**2 if images else 1
         counts = iter((features["image_grid_thw"].prod(dim=-1) // merge).tolist() if images else [])
         tokenizer = self.processor.tokenizer
-        examples = [self._encode(record, [next(counts) for _ in record["images"] or []]) for record in records]
+        examples = [self.encode(record, [next(counts) for _ in record["images"] or []]) for record in records]
         batch = pad_batch(examples, tokenizer.pad_token_id, self.pad_to_multiple_of or 1)
         batch["mm_token_type_ids"] = (batch["input_ids"] == self.processor.image_token_id).int()
         if self.latent_form == "slots":
@@ -91,7 +90,17 @@ class LatentSFTCollator:
             batch["labels"] = batch["labels"].masked_fill(slots, -100)
         return {**batch, **features}
 
-    def _encode(self, record: Any, num_image_tokens: list[int]) -> dict[str, list[int]]:
+    def record(self, row: Mapping[str, Any]) -> Any:
+        """The record of a row, columns that it lacks filled in; for `latent_form="none"` without its spans."""
+        record = record_from_row(completed_row(row))
+        return self._without_spans(record) if self.latent_form == "none" else record
+
+    def encode(self, record: Any, num_image_tokens: list[int]) -> dict[str, list[int]]:
+        """`input_ids` and `labels` of a record, whose images become `num_image_tokens` tokens each.
+
+        Raises:
+            RecordError: names file and row.
+        """
         source, row = record_origin(record)
         tokens = self.processor.latent_tokens
         if self.latent_form == "chain" and record["messages"] is None and not record["chain"]:
@@ -100,7 +109,7 @@ class LatentSFTCollator:
         form = "slots" if self.latent_form == "slots" else "chain"
         turns = render_turns(record, tokens, form, self.num_slots)
         try:
-            return encode_conversation(turns, self.processor.tokenizer, num_image_tokens)
+            return encode_conversation(turns, self.processor.tokenizer, num_image_tokens, self._system_message)
         except ValueError as error:
             raise RecordError(source, row, str(error)) from error
 
@@ -135,7 +144,7 @@ class LatentSFTCollator:
         return {**record, "chain": None, "messages": messages}
 
 
-def _completed(row: Mapping[str, Any]) -> dict[str, Any]:
+def completed_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with the columns that it lacks; a conversation needs no question and answer beside it."""
     empty = dict.fromkeys(RECORD_FIELDS) | {"id": ""}
     if row.get("messages") is not None:

@@ -1,51 +1,40 @@
-"""Tiny parts of a Qwen2.5-VL built in code, with no download, for the maze example, dry runs and tests.
+"""Tiny parts of the Qwen-VL families built in code, with no download, for the maze example, dry runs and tests.
 
-Tokenizer, image processor, processor, configuration, random model, and a folder that looks like the stock checkpoint.
-The tokenizer is a byte-level BPE trained on given lines, with the pre-tokenization and the special tokens of Qwen2.5.
+Tokenizer, image processor, processor, configuration, random model, and a folder that looks like the stock checkpoint
+of Qwen2-VL, Qwen2.5-VL or Qwen3-VL. The tokenizer is a byte-level BPE (see `tiny_tokenizer.py`).
 """
 
+import functools
 import json
-import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
 from transformers import (
     GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from modeling_latent.processing_latent import LatentProcessor
 
-QWEN_SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+from .tiny_tokenizer import (
+    QWEN3_ADDED_TOKENS,
+    QWEN_SPECIAL_TOKENS,
+    TINY_TEXTS,
+    build_tiny_tokenizer,
 )
-# How Qwen2.5 cuts text before BPE: contractions, words with the space before them, single digits, punctuation, blanks.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+
 # The chat template that Qwen2-VL and Qwen2.5-VL publish (no generation tags).
 STOCK_CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
@@ -61,149 +50,104 @@ STOCK_CHAT_TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TINY_TEXTS = (
-    "system\nYou are a helpful assistant.\nuser\nWhat is in the picture?\nassistant\n",
-    "The picture shows a stadium with many seats, a fence and the grass outside. What is the boy wearing? Jeans.",
-    "The player starts at the top left of the map and walks right, right, down, left and up to the goal.",
-    "Is the path safe? Yes, it is safe. No, the player falls into a hole. Which option is right? <answer>B</answer>",
-    "Street Art, a red bicycle, two dogs, a wooden table, the third window, a green door, a small blue boat.",
-    "How many cells are there? There are 0 1 2 3 4 5 6 7 8 9 cells in each row and column of the frozen lake.",
+# The text of Qwen3-VL's: the same turns without a default system message.
+QWEN3_CHAT_TEMPLATE = STOCK_CHAT_TEMPLATE.replace(
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}",
+    "",
 )
 
 # Rows of the embedding beyond the tokenizer, for latent tokens; the stock checkpoint has some too.
 _SPARE_ROWS = 8
 
 
-def build_tiny_tokenizer(
-    texts: Iterable[str], vocab_size: int = 512, words: Sequence[str] = ()
-) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on some lines, with the special tokens of Qwen2.5 at the end of the vocabulary.
-
-    Padding token `<|endoftext|>`, end token `<|im_end|>`, no beginning token. `len(tokenizer) <= vocab_size`; it is
-    less when the lines offer fewer pairs to merge.
+@dataclass(frozen=True)
+class TinyFamily:
+    """What a family fixes beside its sizes.
 
     Args:
-        texts: training lines; special tokens in them are left out.
-        vocab_size: upper bound of the number of entries, special tokens included, at least 264.
-        words: strings that must be single tokens, alone and after a space (`"A1"` and `" A1"`), as ordinary entries.
-            They stay whole in the pre-tokenization where no letter or digit follows, and the pairs that build them are
-            appended to the merges: the result is an ordinary BPE.
+        config_class, model_class: stock classes.
+        patch_size: side of a patch in pixels; a token covers 2 x 2 patches.
+        image_mean, image_std: normalisation of the pixels, `None` for that of CLIP.
+        added_tokens: tokens between the special ones and the latent ones.
+        chat_template: the one that the published checkpoints have.
+    """
+
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    patch_size: int = 14
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+    added_tokens: tuple[str, ...] = ()
+    chat_template: str = STOCK_CHAT_TEMPLATE
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Area that one image token covers."""
+        return (2 * self.patch_size) ** 2
+
+
+TINY_FAMILIES: dict[str, TinyFamily] = {
+    "qwen2_vl": TinyFamily(Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": TinyFamily(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": TinyFamily(
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        patch_size=16,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        added_tokens=QWEN3_ADDED_TOKENS,
+        chat_template=QWEN3_CHAT_TEMPLATE,
+    ),
+}
+DEFAULT_FAMILY = "qwen2_5_vl"
+
+
+def tiny_family(family: str) -> TinyFamily:
+    """Look a family up by the `model_type` of its stock configuration.
 
     Raises:
-        ValueError: for a string instead of lines, a vocabulary that is too small, or an impossible word.
+        ValueError: for an unknown family, with those that exist.
     """
-    if isinstance(texts, str):
-        raise ValueError("texts must be several lines, e.g. a list of strings; got one string")
-    for word in words:
-        if not isinstance(word, str) or not word or re.search(r"\s", word) or word in QWEN_SPECIAL_TOKENS:
-            raise ValueError(f"words may hold strings without white space that are no special token, got {word!r}")
-    room = vocab_size - len(QWEN_SPECIAL_TOKENS)
-    if room < 256:
-        raise ValueError(f"vocab_size must be at least {256 + len(QWEN_SPECIAL_TOKENS)}, got {vocab_size}")
-    trained = _empty_backend(models.BPE(), words)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
-    special = re.compile("|".join(map(re.escape, QWEN_SPECIAL_TOKENS)))
-    trained.train_from_iterator((piece for text in texts for piece in special.split(text)), trainer)
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    vocabulary, merges = _with_words(alphabet, merges, words, room)
-
-    backend = _empty_backend(models.BPE(vocab=vocabulary, merges=merges), words)
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL_TOKENS])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        model_max_length=131072,
-    )
-    for form in (form for word in words for form in (word, f" {word}")):
-        tokens = tokenizer.tokenize(form)
-        if len(tokens) != 1:
-            raise ValueError(f"{form!r} cannot be one token here, it becomes {tokens}; spell the word otherwise")
-    return tokenizer
+    if family not in TINY_FAMILIES:
+        raise ValueError(f"unknown family {family!r}; choose one of {sorted(TINY_FAMILIES)}")
+    return TINY_FAMILIES[family]
 
 
-def _empty_backend(model: models.BPE, words: Sequence[str]) -> Tokenizer:
-    """A tokenizer that cuts and decodes text as Qwen2.5 does, except that `words` are never cut."""
-    longest_first = sorted(set(words), key=lambda word: (-len(word), word))
-    kept = [rf" ?{re.escape(word)}" + (r"(?![\p{L}\p{N}])" if word[-1].isalnum() else "") for word in longest_first]
-    backend = Tokenizer(model)
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex("|".join([*kept, QWEN_SPLIT])), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _with_words(
-    alphabet: list[str], merges: list[tuple[str, str]], words: Sequence[str], room: int
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges with every word as one entry, in at most `room` entries.
-
-    The first merges of a BPE are a BPE themselves. So the last learnt merges are dropped until there is room, and the
-    pairs that glue the pieces of each word are appended. They come last: what was one token before stays one.
-    """
-    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    forms = [bytes_of.pre_tokenize_str(form)[0][0] for word in words for form in (word, f" {word}")]
-    kept = len(merges)
-    while True:
-        all_merges = merges[:kept]
-        ranks = {pair: rank for rank, pair in enumerate(all_merges)}
-        for form in forms:
-            pieces = _merge(list(form), ranks)
-            while len(pieces) > 1:
-                pair = (pieces[0], pieces[1])
-                ranks[pair] = len(all_merges)
-                all_merges.append(pair)
-                pieces = _merge(list(form), ranks)
-        entries = dict.fromkeys([*alphabet, *("".join(pair) for pair in all_merges)])
-        if len(entries) <= room:
-            return {entry: index for index, entry in enumerate(entries)}, all_merges
-        if kept == 0:
-            needed = len(entries) + len(QWEN_SPECIAL_TOKENS)
-            raise ValueError(f"{len(words)} words need vocab_size >= {needed}, got {room + len(QWEN_SPECIAL_TOKENS)}")
-        kept = max(0, kept - (len(entries) - room))
-
-
-def _merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Plain BPE of one word: join the pair of lowest rank, leftmost first, until no pair has a rank."""
-    while True:
-        pairs = [(ranks[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in ranks]
-        if not pairs:
-            return pieces
-        _, i = min(pairs)
-        pieces = [*pieces[:i], pieces[i] + pieces[i + 1], *pieces[i + 2 :]]
-
-
-def build_tiny_image_processor(min_pixels: int = 784, max_pixels: int = 3136) -> Qwen2VLImageProcessorPil:
-    """The stock image processor (Pillow only) for small images: one token covers 28 x 28 pixels.
+def build_tiny_image_processor(
+    min_pixels: int | None = None, max_pixels: int | None = None, family: str = DEFAULT_FAMILY
+) -> Qwen2VLImageProcessorPil:
+    """The stock image processor (Pillow only) for small images: one token covers 28 x 28 pixels, 32 x 32 in Qwen3-VL.
 
     Args:
-        min_pixels: smallest area after resizing; 784 is one token.
-        max_pixels: largest area after resizing; 3136 is four tokens.
+        min_pixels: smallest area after resizing; default one token.
+        max_pixels: largest area after resizing; default four tokens.
+        family: key of `TINY_FAMILIES`.
 
     Raises:
         ValueError: when the bounds leave no size.
     """
-    if not 0 < min_pixels <= max_pixels or max_pixels < 784:
-        raise ValueError(f"need 0 < min_pixels <= max_pixels and max_pixels >= 784, got {min_pixels} and {max_pixels}")
-    return Qwen2VLImageProcessorPil(size={"shortest_edge": min_pixels, "longest_edge": max_pixels})
+    entry = tiny_family(family)
+    token = entry.pixels_per_token
+    min_pixels, max_pixels = min_pixels or token, max_pixels or 4 * token
+    if not 0 < min_pixels <= max_pixels or max_pixels < token:
+        raise ValueError(
+            f"need 0 < min_pixels <= max_pixels and max_pixels >= {token}, got {min_pixels} and {max_pixels}"
+        )
+    options: dict[str, Any] = {} if entry.patch_size == 14 else {"patch_size": entry.patch_size}
+    if entry.image_mean is not None:
+        options.update(image_mean=list(entry.image_mean), image_std=list(entry.image_std))
+    return Qwen2VLImageProcessorPil(size={"shortest_edge": min_pixels, "longest_edge": max_pixels}, **options)
 
 
 def build_tiny_processor(
     texts: Iterable[str] = TINY_TEXTS,
     vocab_size: int = 512,
-    min_pixels: int = 784,
-    max_pixels: int = 3136,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     latent_tokens: dict[str, str] | None = None,
     words: Sequence[str] = (),
+    family: str = DEFAULT_FAMILY,
 ) -> LatentProcessor:
     """A [`LatentProcessor`] on a tiny tokenizer; the latent tokens come on top of `vocab_size`.
 
@@ -211,12 +155,19 @@ def build_tiny_processor(
         texts, vocab_size, words: see [`build_tiny_tokenizer`].
         min_pixels, max_pixels: see [`build_tiny_image_processor`].
         latent_tokens: see [`LatentProcessor`].
+        family: key of `TINY_FAMILIES`.
     """
-    tokenizer = build_tiny_tokenizer(texts, vocab_size, words)
-    return LatentProcessor(build_tiny_image_processor(min_pixels, max_pixels), tokenizer, latent_tokens=latent_tokens)
+    entry = tiny_family(family)
+    return LatentProcessor(
+        build_tiny_image_processor(min_pixels, max_pixels, family),
+        build_tiny_tokenizer(texts, vocab_size, words, entry.added_tokens),
+        chat_template=entry.chat_template,
+        latent_tokens=latent_tokens,
+    )
 
 
-def tiny_qwen2_5_vl_config(
+def tiny_config(
+    family: str,
     vocab_size: int | None,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -234,24 +185,29 @@ def tiny_qwen2_5_vl_config(
     rope_theta: float = 1_000_000.0,
     initializer_range: float = 0.02,
     tie_word_embeddings: bool = False,
-) -> Qwen2_5_VLConfig:
-    """Configuration of a small stock Qwen2.5-VL whose token ids are those of `tokenizer`.
+) -> PreTrainedConfig:
+    """Configuration of a small stock model whose token ids are those of `tokenizer`.
 
     Args:
+        family: key of `TINY_FAMILIES`.
         vocab_size: rows of the embedding; `None` takes the entries of the tokenizer and a few spare rows for latent
             tokens, rounded up to a multiple of 16.
         tokenizer: one of [`build_tiny_tokenizer`], or any with the special tokens of Qwen2.5-VL.
         intermediate_size, vision_intermediate_size: `None` means twice the hidden size.
-        window_size: side of the windows of the vision tower in pixels; its last layer attends everywhere.
+        window_size: side of the windows of Qwen2.5-VL's vision tower in pixels; its last layer attends everywhere. The
+            other families have no windows.
         rope_theta: base of the rotary frequencies. Narrow heads need a small one: with the stock value the slow
             frequencies, which carry the width, cannot tell neighbouring columns apart.
         initializer_range: standard deviation of the initial weights, of both towers.
 
-    The rotary sections (time, height, width) keep the shares of the stock model: 1/4, 3/8, 3/8 of half a head.
+    The rotary sections (time, height, width) keep the shares of the stock models: 1/4, 3/8, 3/8 of half a head, and
+    3/8, 5/16, 5/16 interleaved in Qwen3-VL. Qwen3-VL hands on the features of up to three vision layers, spread over
+    the tower, but of fewer than the text model has: behind its last layer they would change nothing.
 
     Raises:
         ValueError: when the embedding has fewer rows than the tokenizer entries, or sizes do not divide.
     """
+    entry = tiny_family(family)
     rows = vocab_size if vocab_size is not None else -(-(len(tokenizer) + _SPARE_ROWS) // 16) * 16
     if rows < len(tokenizer):
         raise ValueError(f"vocab_size {rows} is smaller than the tokenizer ({len(tokenizer)} entries)")
@@ -264,8 +220,6 @@ def tiny_qwen2_5_vl_config(
     if vision_hidden_size % (4 * vision_num_heads):
         raise ValueError(f"vision_hidden_size {vision_hidden_size} must be a multiple of 4 x {vision_num_heads} heads")
     ids = dict(zip(QWEN_SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(QWEN_SPECIAL_TOKENS)), strict=True))
-    time_section = half // 4
-    height_section = (half - time_section) // 2
     special = {
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": tokenizer.eos_token_id,
@@ -281,24 +235,18 @@ def tiny_qwen2_5_vl_config(
         "max_position_embeddings": max_position_embeddings,
         "rms_norm_eps": 1e-6,
         "initializer_range": initializer_range,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": rope_theta,
-            "mrope_section": [time_section, height_section, half - time_section - height_section],
-        },
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, **_rotary_sections(family, half)},
+        **({"head_dim": 2 * half} if family == "qwen3_vl" else {}),
         **special,
     }
     vision_config = {
         "depth": vision_depth,
-        "hidden_size": vision_hidden_size,
-        "intermediate_size": vision_intermediate_size or 2 * vision_hidden_size,
         "num_heads": vision_num_heads,
-        "out_hidden_size": hidden_size,
-        "window_size": window_size,
         "initializer_range": initializer_range,
-        "fullatt_block_indexes": [vision_depth - 1],
+        **_vision_sizes(family, hidden_size, vision_hidden_size, vision_intermediate_size or 2 * vision_hidden_size),
+        **_vision_layers(family, vision_depth, num_layers, window_size),
     }
-    return Qwen2_5_VLConfig(
+    return entry.config_class(
         text_config=text_config,
         vision_config=vision_config,
         image_token_id=ids["<|image_pad|>"],
@@ -306,15 +254,53 @@ def tiny_qwen2_5_vl_config(
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=tie_word_embeddings,
-        **special,
+        **(special if family != "qwen3_vl" else {}),
     )
 
 
-def build_tiny_stock_model(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+tiny_qwen2_5_vl_config = functools.partial(tiny_config, "qwen2_5_vl")
+
+
+def _rotary_sections(family: str, half: int) -> dict[str, Any]:
+    """Frequencies of time, height and width; they sum to half a head."""
+    if family == "qwen3_vl":
+        side = max(1, half * 5 // 16)
+        return {"mrope_section": [half - 2 * side, side, side], "mrope_interleaved": True}
+    time = half // 4
+    height = (half - time) // 2
+    return {"mrope_section": [time, height, half - time - height]}
+
+
+def _vision_sizes(family: str, hidden_size: int, vision_hidden_size: int, vision_intermediate_size: int) -> dict:
+    if family != "qwen2_vl":
+        return {
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": vision_intermediate_size,
+            "out_hidden_size": hidden_size,
+        }
+    ratio, rest = divmod(vision_intermediate_size, vision_hidden_size)
+    if rest:
+        raise ValueError(
+            f"vision_intermediate_size {vision_intermediate_size} must be a multiple of vision_hidden_size "
+            f"{vision_hidden_size} in Qwen2-VL"
+        )
+    return {"embed_dim": vision_hidden_size, "hidden_size": hidden_size, "mlp_ratio": ratio}
+
+
+def _vision_layers(family: str, vision_depth: int, num_layers: int, window_size: int) -> dict[str, Any]:
+    if family == "qwen2_5_vl":
+        return {"window_size": window_size, "fullatt_block_indexes": [vision_depth - 1]}
+    if family == "qwen3_vl":
+        thirds = {vision_depth // 3, 2 * vision_depth // 3, vision_depth - 1}
+        return {"deepstack_visual_indexes": sorted(thirds)[: max(1, num_layers - 1)], "num_position_embeddings": 256}
+    return {}
+
+
+def build_tiny_stock_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A stock model with random weights, the same for the same seed, in evaluation mode; random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = tiny_family(config.model_type).model_class(config)
     text = config.get_text_config()
     model.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id,
@@ -328,24 +314,54 @@ def save_tiny_stock_checkpoint(
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     image_processor: Qwen2VLImageProcessorPil | None = None,
-    config: Qwen2_5_VLConfig | None = None,
+    config: PreTrainedConfig | None = None,
     seed: int = 0,
+    family: str | None = None,
 ) -> Path:
-    """Write a folder with the files of a stock Qwen2.5-VL checkpoint: no latent token, no code, the stock template.
+    """Write a folder with the files of a stock checkpoint: no latent token, no code, the stock template.
 
     Args:
         folder: created when absent.
         tokenizer: default: [`build_tiny_tokenizer`] on `TINY_TEXTS`.
         image_processor: default: [`build_tiny_image_processor`].
-        config: default: [`tiny_qwen2_5_vl_config`] for the tokenizer.
+        config: default: [`tiny_config`] for the tokenizer.
         seed: of the weights.
+        family: key of `TINY_FAMILIES`; default that of `config`, else `DEFAULT_FAMILY`.
+
+    Raises:
+        ValueError: an unknown family, or one that is not that of `config`.
     """
     folder = Path(folder)
-    tokenizer = tokenizer if tokenizer is not None else build_tiny_tokenizer(TINY_TEXTS)
-    config = config if config is not None else tiny_qwen2_5_vl_config(None, tokenizer)
+    family = family or (DEFAULT_FAMILY if config is None else config.model_type)
+    entry = tiny_family(family)
+    if config is not None and config.model_type != family:
+        raise ValueError(f"family={family!r} does not fit a configuration of {config.model_type!r}; leave one out")
+    if tokenizer is None:
+        tokenizer = build_tiny_tokenizer(TINY_TEXTS, added_tokens=entry.added_tokens)
+    config = config if config is not None else tiny_config(family, None, tokenizer)
     build_tiny_stock_model(config, seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (image_processor or build_tiny_image_processor()).save_pretrained(folder)
+    (image_processor or build_tiny_image_processor(family=family)).save_pretrained(folder)
     # The published checkpoints keep the template in this file.
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": STOCK_CHAT_TEMPLATE}, indent=2) + "\n")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": entry.chat_template}, indent=2) + "\n")
     return folder
+
+
+__all__ = [
+    "DEFAULT_FAMILY",
+    "QWEN3_ADDED_TOKENS",
+    "QWEN3_CHAT_TEMPLATE",
+    "QWEN_SPECIAL_TOKENS",
+    "STOCK_CHAT_TEMPLATE",
+    "TINY_FAMILIES",
+    "TINY_TEXTS",
+    "TinyFamily",
+    "build_tiny_image_processor",
+    "build_tiny_processor",
+    "build_tiny_stock_model",
+    "build_tiny_tokenizer",
+    "save_tiny_stock_checkpoint",
+    "tiny_config",
+    "tiny_family",
+    "tiny_qwen2_5_vl_config",
+]

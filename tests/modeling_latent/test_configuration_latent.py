@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, LlamaConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
 from modeling_latent import (
+    LATENT_CLASSES,
     LATENT_METHODS,
     LatentMethod,
     LatentQwen2_5_VLConfig,
@@ -16,7 +17,7 @@ from modeling_latent import (
     register_latent_method,
 )
 from tests.latent import latent_token_ids
-from tests.tiny import tiny_config
+from tests.tiny import FAMILIES, tiny_config
 
 IDS = latent_token_ids()
 FIELDS = (*IDS, "latent_patch_token_id", "latent_method", "latent_head", "latent_generation")
@@ -49,6 +50,27 @@ def test_from_stock_keeps_everything() -> None:
     assert latent == {**dict.fromkeys(FIELDS), **IDS, "latent_generation": {}}
     again = LatentQwen2_5_VLConfig.from_stock(config, latent_method="laser")
     assert plain(again) == {**plain(config), "latent_method": "laser"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    """Nothing of the stock configuration is lost, the map names the family's own file, other families are refused."""
+    config_class, model_class = LATENT_CLASSES[family]
+    stock = tiny_config(tie_word_embeddings=True, family=family)
+    config = config_class.from_stock(stock, method="laser", **latent_token_ids(family))
+    ours = plain(config)
+    for name in FIELDS:
+        ours.pop(name)
+    assert ours == plain(stock) and config.model_type == f"latent_{family}" == config_class.model_type
+    assert config.auto_map["AutoModel"] == f"modeling_latent_{family}.{model_class.__name__}"
+    assert config.auto_map["AutoConfig"] == f"configuration_latent.{config_class.__name__}"
+    assert model_class.__module__ == f"modeling_latent.modeling_latent_{family}"
+    config.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is config_class
+    assert plain(AutoConfig.from_pretrained(tmp_path)) == plain(config)
+    for other in set(FAMILIES) - {family}:
+        with pytest.raises(ValueError, match=f"model_type '{family}', got '{other}'; use the latent class of that"):
+            config_class.from_stock(tiny_config(family=other))
 
 
 def test_from_stock_takes_the_attention_implementation() -> None:

@@ -14,10 +14,12 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
 )
 
 from modeling_latent import (
+    LATENT_CLASSES,
     LATENT_METHODS,
     LatentMethod,
     LatentProcessor,
@@ -26,25 +28,44 @@ from modeling_latent import (
     register_latent_method,
 )
 from tests.tiny import LASER_TOKENS, tiny_inputs, tiny_prompts
-from trainers.tiny import TINY_TEXTS, build_tiny_tokenizer, save_tiny_stock_checkpoint, tiny_qwen2_5_vl_config
+from trainers.tiny import TINY_FAMILIES, TINY_TEXTS, build_tiny_tokenizer, save_tiny_stock_checkpoint, tiny_config
 
 LAYOUTS = ("published", "current", "published in shards", "published by transformers 4.54")
+# Family, whether the embeddings are tied, layout. The published names of Qwen3-VL are the current ones.
+CASES = [
+    *(("qwen2_5_vl", tied, layout) for tied in (False, True) for layout in LAYOUTS),
+    ("qwen2_vl", False, "current"),
+    ("qwen2_vl", True, "published in shards"),
+    ("qwen3_vl", False, "published"),
+    ("qwen3_vl", True, "published in shards"),
+]
+
+
+def save_stock(folder: Path, family: str, tied: bool) -> Path:
+    """A stock checkpoint as transformers writes it, which is the layout of the published ones."""
+    tokenizer = family_tokenizer(family)
+    config = tiny_config(family, None, tokenizer, tie_word_embeddings=tied)
+    return save_tiny_stock_checkpoint(folder, tokenizer, config=config)
+
+
+def family_tokenizer(family: str) -> Any:
+    return build_tiny_tokenizer(TINY_TEXTS, added_tokens=TINY_FAMILIES[family].added_tokens)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def stock_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock checkpoint as transformers writes it, which is the layout of the published ones."""
-    tokenizer = build_tiny_tokenizer(TINY_TEXTS)
-    config = tiny_qwen2_5_vl_config(None, tokenizer, tie_word_embeddings=request.param)
-    folder = tmp_path_factory.mktemp("stock")
-    return save_tiny_stock_checkpoint(folder, tokenizer, config=config)
+    return save_stock(tmp_path_factory.mktemp("stock"), "qwen2_5_vl", request.param)
 
 
 def lay_out(source: Path, folder: Path, layout: str) -> Path:
     """A copy of a stock folder in one of the layouts."""
     shutil.copytree(source, folder)
     weights = load_file(source / "model.safetensors")
-    assert "model.layers.0.mlp.up_proj.weight" in weights and "visual.patch_embed.proj.weight" in weights
+    if "qwen3" in json.loads((source / "config.json").read_text())["model_type"]:
+        assert "model.language_model.layers.0.mlp.up_proj.weight" in weights
+        assert "model.visual.patch_embed.proj.weight" in weights
+    else:
+        assert "model.layers.0.mlp.up_proj.weight" in weights and "visual.patch_embed.proj.weight" in weights
     if layout == "current":
         renamed = {}
         for name, value in weights.items():
@@ -79,9 +100,17 @@ def lay_out(source: Path, folder: Path, layout: str) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def folder(request: pytest.FixtureRequest, stock_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lay_out(stock_folder, tmp_path_factory.mktemp("layouts") / "model", request.param)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {'' if case[1] else 'un'}tied, {case[2]}")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, tied, layout = request.param
+    root = tmp_path_factory.mktemp("layouts")
+    return lay_out(save_stock(root / "stock", family, tied), root / "model", layout)
+
+
+def classes(folder: Path) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:
+    """The stock and the latent class for a stock folder."""
+    family = json.loads((folder / "config.json").read_text())["model_type"]
+    return TINY_FAMILIES[family].model_class, LATENT_CLASSES[family][1]
 
 
 def encode(processor: LatentProcessor) -> dict[str, torch.Tensor]:
@@ -92,9 +121,10 @@ def encode(processor: LatentProcessor) -> dict[str, torch.Tensor]:
 
 
 def test_every_tensor_is_that_of_the_stock_class(folder: Path) -> None:
-    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    stock_class, latent_class = classes(folder)
+    stock = stock_class.from_pretrained(folder)
     model, processor = convert_stock_checkpoint(folder)
-    assert type(model) is LatentQwen2_5_VLForConditionalGeneration and not model.training
+    assert type(model) is latent_class and not model.training
     ours, theirs = model.state_dict(), stock.state_dict()
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
@@ -108,14 +138,14 @@ def test_every_tensor_is_that_of_the_stock_class(folder: Path) -> None:
 def test_nothing_is_missing(folder: Path) -> None:
     """The load itself reports neither missing nor unexpected nor mismatched weights."""
     config = convert_stock_checkpoint(folder)[0].config
-    load = LatentQwen2_5_VLForConditionalGeneration.from_pretrained
+    load = classes(folder)[1].from_pretrained
     _, report = load(folder, config=config, output_loading_info=True)
     assert not [key for key, entries in report.items() if entries], report
 
 
 def test_tokens_and_defaults(folder: Path) -> None:
     model, processor = convert_stock_checkpoint(folder)
-    size = len(build_tiny_tokenizer(TINY_TEXTS))
+    size = len(family_tokenizer(json.loads((folder / "config.json").read_text())["model_type"]))
     roles = {role: processor.tokenizer.convert_tokens_to_ids(token) for role, token in LASER_TOKENS.items()}
     assert roles == {"start": size, "slot": size + 1, "end": size + 2}
     config = model.config
@@ -137,10 +167,11 @@ def test_saved_and_loaded(folder: Path, tmp_path: Path) -> None:
     model, processor = convert_stock_checkpoint(folder)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).save_pretrained(tmp_path / "stock")
+    stock_class, latent_class = classes(folder)
+    stock_class.from_pretrained(folder).save_pretrained(tmp_path / "stock")
     assert set(load_file(tmp_path / "model.safetensors")) == set(load_file(tmp_path / "stock" / "model.safetensors"))
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert type(again) is LatentQwen2_5_VLForConditionalGeneration
+    assert type(again) is latent_class
     ours, theirs = again.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
@@ -161,7 +192,7 @@ def test_rows_are_added_only_when_the_tokenizer_outgrows_them(stock_folder: Path
     assert spacious.config.get_text_config().vocab_size == spacious.get_input_embeddings().num_embeddings == 512
     tokenizer = build_tiny_tokenizer(TINY_TEXTS)
     size, tied = len(tokenizer), spacious.config.tie_word_embeddings
-    config = tiny_qwen2_5_vl_config(size, tokenizer, tie_word_embeddings=tied)
+    config = tiny_config("qwen2_5_vl", size, tokenizer, tie_word_embeddings=tied)
     save_tiny_stock_checkpoint(tmp_path / "tight", tokenizer, config=config)
     stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "tight")
     model, processor = convert_stock_checkpoint(tmp_path / "tight")
@@ -225,7 +256,7 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     shape: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, num_attention_heads=1, **shape))
     llama.save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match=r"llama is a 'llama' checkpoint; latent classes exist for \['qwen2_5_vl'\]"):
+    with pytest.raises(ValueError, match=r"llama is a 'llama' checkpoint; latent classes exist for \['qwen2_5_vl', "):
         convert_stock_checkpoint(tmp_path / "llama")
     (empty / "config.json").write_text("{")
     with pytest.raises(OSError, match="empty/config.json' is not a valid JSON file"):

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from modeling_latent import LatentQwen2_5_VLForConditionalGeneration, capture_attention_rows
 from modeling_latent.latent_attention import attention_of_rows
 from tests.latent import liven, tiny_latent_model
-from tests.tiny import tiny_inputs, tiny_stock_model
+from tests.tiny import FAMILIES, tiny_inputs, tiny_stock_model
 
 HEADS, LAYERS = 4, 2
 
@@ -79,6 +79,27 @@ def test_rows_equal_eager_attention(
         torch.testing.assert_close(captured, rows_of(eager[layer], expected), atol=1e-5, rtol=0)
         torch.testing.assert_close(captured.sum(-1), torch.ones(captured.shape[:-1]))
         assert not captured[0, ..., : 45 - 27].any(), "padding is not attended to"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str) -> None:
+    """Beside SDPA, of the stock class and of ours with a latent, as eager attention returns them (q and k are
+    normalised in Qwen3-VL)."""
+    inputs, rows = dict(tiny_inputs(family=family)), torch.tensor([[-1, -4], [-2, 9]])
+    for model in (tiny_stock_model(0, family=family), tiny_latent_model(0, family=family)):
+        model, given = liven(model, 6.0), dict(inputs)
+        if hasattr(model, "latent_step"):
+            given["latent_mask"] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+            given["latent_mask"][:, -3] = True
+            given["latent_embeds"] = torch.randn(*given["latent_mask"].shape, 64)
+        weights = capture(model, given, rows=rows)
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            expected = model(**given, output_attentions=True).attentions
+        assert list(weights) == [0, 1] and len(expected) == 2
+        for layer, captured in weights.items():
+            torch.testing.assert_close(captured, rows_of(expected[layer], rows), atol=1e-5, rtol=0)
+        assert (expected[1][1, :, -1].amax(-1) > 0.1).any(), "attention is far from uniform"
 
 
 def test_without_padding(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:

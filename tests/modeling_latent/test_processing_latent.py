@@ -25,7 +25,7 @@ from trainers.tiny import (
     build_tiny_processor,
     build_tiny_tokenizer,
     save_tiny_stock_checkpoint,
-    tiny_qwen2_5_vl_config,
+    tiny_config,
 )
 
 GOLDEN = Path(os.environ.get("LATENT_GOLDEN_DIR", ROOT.parent / "shared" / "golden")) / "laser"
@@ -652,13 +652,26 @@ def test_an_impossible_tokenizer_is_refused(options: dict, message: str) -> None
 def test_an_impossible_size_is_refused(processor: LatentProcessor) -> None:
     tokenizer = processor.tokenizer
     with pytest.raises(ValueError, match="vocab_size 300 is smaller than the tokenizer"):
-        tiny_qwen2_5_vl_config(300, tokenizer)
+        tiny_config("qwen2_5_vl", 300, tokenizer)
     with pytest.raises(ValueError, match="hidden_size 60 must be a multiple"):
-        tiny_qwen2_5_vl_config(None, tokenizer, hidden_size=60)
+        tiny_config("qwen2_5_vl", None, tokenizer, hidden_size=60)
     with pytest.raises(ValueError, match="vision_hidden_size 20 must be"):
-        tiny_qwen2_5_vl_config(None, tokenizer, vision_hidden_size=20)
+        tiny_config("qwen2_5_vl", None, tokenizer, vision_hidden_size=20)
     with pytest.raises(ValueError, match="min_pixels"):
         build_tiny_image_processor(min_pixels=4000, max_pixels=3000)
-    config = tiny_qwen2_5_vl_config(None, tokenizer, hidden_size=512, num_heads=4, tie_word_embeddings=True)
-    assert config.text_config.rope_parameters["mrope_section"] == [16, 24, 24]  # as published
-    assert config.tie_word_embeddings
+    with pytest.raises(ValueError, match="vision_intermediate_size 48 must be a multiple of vision_hidden_size 32"):
+        tiny_config("qwen2_vl", None, tokenizer, vision_intermediate_size=48)
+    with pytest.raises(ValueError, match=r"unknown family 'qwen4_vl'; choose one of \['qwen2_5_vl', 'qwen2_vl', "):
+        tiny_config("qwen4_vl", None, tokenizer)
+    with pytest.raises(ValueError, match="max_pixels >= 1024, got 784 and 900"):
+        build_tiny_image_processor(784, 900, family="qwen3_vl")
+    with pytest.raises(ValueError, match="family='qwen3_vl' does not fit a configuration of 'qwen2_vl'"):
+        save_tiny_stock_checkpoint("unused", config=tiny_config("qwen2_vl", None, tokenizer), family="qwen3_vl")
+
+
+def test_rotary_sections_as_published(processor: LatentProcessor) -> None:
+    for family, sections in (("qwen2_vl", [16, 24, 24]), ("qwen2_5_vl", [16, 24, 24]), ("qwen3_vl", [24, 20, 20])):
+        options = {"hidden_size": 512, "num_heads": 4, "tie_word_embeddings": True}
+        config = tiny_config(family, None, processor.tokenizer, **options)
+        assert config.text_config.rope_parameters["mrope_section"] == sections
+        assert config.tie_word_embeddings

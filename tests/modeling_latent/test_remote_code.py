@@ -2,33 +2,36 @@
 
 Processes are slow to start, so the module's fixture runs three of them once and the tests read what they reported:
 one with the library pushes the folder to the local Hub; one without it loads folder and Hub repository, decodes, and
-saves what it loaded; another one without it loads that.
+saves what it loaded; another one without it loads that. That is done with Qwen2.5-VL; one more process loads a folder
+of each family, with the code in it and with the stock class.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from modeling_latent import convert_stock_checkpoint
-from tests.hub import ROOT, LocalHub
+from tests.hub import ROOT, LocalHub, run_python
 from tests.latent import liven
-from tests.tiny import tiny_prompts
-from trainers.tiny import save_tiny_stock_checkpoint
+from tests.tiny import FAMILIES, tiny_images, tiny_prompts
+from trainers.tiny import TINY_FAMILIES, save_tiny_stock_checkpoint
 
 OUR_PACKAGES = ("modeling_latent", "trainers", "evaluation")
-TRAVELLING = {
+SHARED = {
     "configuration_latent.py",
     "generation_latent.py",
     "latent_heads.py",
     "latent_inputs.py",
+    "latent_qwen_vl.py",
     "latent_state.py",
     "latent_strategies.py",
     "latent_trace.py",
-    "modeling_latent_qwen2_5_vl.py",
     "processing_latent.py",
 }
+TRAVELLING = SHARED | {"modeling_latent_qwen2_5_vl.py"}
 REPOSITORY = "org/tiny-latent"
 CALLS: dict[str, dict[str, Any]] = {
     "saved defaults": {},
@@ -95,6 +98,76 @@ for source in case["sources"]:
 assert not {"modeling_latent", "trainers", "evaluation"} & {name for name, module in sys.modules.items() if module}
 print(json.dumps(report))
 """
+
+
+FAMILY = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+report = {}
+for family, (folder, stock_folder, stock_name) in json.loads(Path(sys.argv[1]).read_text()).items():
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    content = [{"type": "image", "image": Image.open(sys.argv[2])}, {"type": "text", "text": "What?"}]
+    chat = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    stock_class = getattr(transformers, stock_name)
+    ours, theirs = (stock_class.from_pretrained(source).state_dict() for source in (folder, stock_folder))
+    report[family] = {
+        "module": type(model).__module__,
+        "ids": ids.tolist(),
+        "missing": sorted(set(theirs) ^ set(ours)),
+        "different": [name for name in theirs if not torch.equal(ours[name], theirs[name])],
+        "tensors": len(theirs),
+    }
+assert not {"modeling_latent", "trainers", "evaluation"} & {name for name, module in sys.modules.items() if module}
+print(json.dumps(report))
+"""
+
+
+def test_every_family(tmp_path: Path) -> None:
+    """Its folder decodes without the library, and the stock class finds every tensor of the stock folder in it."""
+    (image,) = tiny_images(1)
+    image.save(tmp_path / "image.png")
+    cases, expected = {}, {}
+    for family in FAMILIES:
+        folder, stock_folder = (
+            tmp_path / family,
+            save_tiny_stock_checkpoint(tmp_path / f"stock-{family}", family=family),
+        )
+        model, processor = convert_stock_checkpoint(stock_folder)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        code = {path.name for path in folder.glob("*.py")}
+        assert code == SHARED | {f"modeling_latent_{family}.py"}
+        chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
+        inputs = processor.apply_chat_template(
+            chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        expected[family] = model.generate(**inputs, max_new_tokens=12, do_sample=False).tolist()
+        assert expected[family][0].count(processor.latent_token_id) == 8
+        cases[family] = (str(folder), str(stock_folder), TINY_FAMILIES[family].model_class.__name__)
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    arguments = [str(tmp_path / "cases.json"), str(tmp_path / "image.png")]
+    printed = run_python(FAMILY, *arguments, blocked=OUR_PACKAGES, env=environment, cwd=elsewhere)
+    report = json.loads(printed.splitlines()[-1])
+    assert list(report) == list(FAMILIES)
+    for family, found in report.items():
+        assert found["module"].startswith("transformers_modules.")
+        assert found["ids"] == expected[family], family
+        assert found["tensors"] > 50 and not found["missing"] and not found["different"], family
 
 
 @pytest.fixture(scope="module")

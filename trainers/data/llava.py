@@ -11,17 +11,14 @@ a chain are refused for DWAL instead of being trained on an empty region; region
 they would hand the answer to the model.
 """
 
-import itertools
 import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .answers import extract_answer
-from .json_rows import existing_file, iter_json_lines, iter_rows
 from .llava_checks import check_conversation, is_url
 from .llava_text import (
     LASER_TOKENS,
@@ -35,6 +32,7 @@ from .llava_text import (
     render_turns,
 )
 from .records import Record, RecordError, RecordReport, make_record
+from .sources import Source, open_source, open_sources, read_sources
 
 __all__ = [
     "LASER_TOKENS",
@@ -79,20 +77,8 @@ def read_source(
         RecordError: for a meta entry without `data_path`, or whose file or folder does not exist.
         ValueError: when `image_folder` is given beside a meta file, which names its own.
     """
-    path = existing_file(path)
-    rows = iter_rows(path)
-    head = list(itertools.islice(rows, 1))
-    rows = itertools.chain(head, rows)
-    blacklist = _read_blacklist(question_id_blacklist)
-    if not (head and isinstance(head[0][1], dict) and "data_path" in head[0][1] and "conversations" not in head[0][1]):
-        sources = [_Source(path, _image_folder(path, image_folder), path.stem, rows)]
-    elif image_folder is not None:
-        raise ValueError(
-            f"image_folder={os.fspath(image_folder)!r} with the meta file {path}; name the folders inside it"
-        )
-    else:
-        sources = [_meta_entry(path, row, entry) for row, entry in rows]
-    return _read_sources(sources, require_chain, latent_tokens, report, blacklist)
+    sources = open_sources(path, image_folder)
+    return _read(sources, require_chain, latent_tokens, report, question_id_blacklist)
 
 
 def read_llava(
@@ -125,46 +111,21 @@ def read_llava(
         RecordError: at once for a missing file, on reading for a file that is not JSON (with its byte offset).
         RecordShareError: after the last row, see `report`.
     """
-    path = existing_file(path)
-    source = _Source(path, _image_folder(path, image_folder), path.stem, iter_rows(path))
-    return _read_sources([source], require_chain, latent_tokens, report, _read_blacklist(question_id_blacklist))
+    source = open_source(path, image_folder)
+    return _read([source], require_chain, latent_tokens, report, question_id_blacklist)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A data file, where its images are, its name, and its rows `(0-based row, parsed value or RecordError)`."""
-
-    path: Path
-    image_folder: Path
-    ds_name: str
-    rows: Iterable[tuple[int, Any]]
-
-
-def _read_sources(
-    sources: Sequence[_Source],
+def _read(
+    sources: Sequence[Source],
     require_chain: bool,
     latent_tokens: Mapping[str, str],
     report: RecordReport | None,
-    blacklist: frozenset,
+    blacklist: str | os.PathLike | Iterable[Any] | None,
 ) -> Iterator[Record]:
-    own_report = report is None
-    report = RecordReport() if own_report else report
-    index = itertools.count()
-    for source in sources:
-        for row, value in source.rows:
-            try:
-                record = record_from_llava(value, source.path, row, source.image_folder, source.ds_name, next(index))
-                if record["meta"]["question_id"] in blacklist:
-                    report.skipped("question_id_blacklist")
-                    continue
-                check_conversation(record, source.path, row, require_chain, latent_tokens)
-            except RecordError as error:
-                report.bad(error.file, error.row, error.reason)
-                continue
-            report.good()
-            yield record
-    if own_report:
-        report.check()
+    def check(record: Record, path: Path, row: int) -> None:
+        check_conversation(record, path, row, require_chain, latent_tokens)
+
+    return read_sources(sources, record_from_llava, check, report, blacklist)
 
 
 def record_from_llava(
@@ -194,7 +155,7 @@ def record_from_llava(
         raise RecordError(source, row, f"a record must be a JSON object, got {value!r:.80}")
     if "data_path" in value and "conversations" not in value:
         raise RecordError(source, row, "this is an entry of a meta file, not a record; read the file with read_source")
-    messages = _parse_turns(value.get("conversations"), source, row)
+    messages = parse_turns(value.get("conversations"), source, row)
     names = value.get("image", [])
     names = [names] if isinstance(names, str) else names or []
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
@@ -223,7 +184,12 @@ def record_from_llava(
     return record
 
 
-def _parse_turns(turns: Any, source: str | os.PathLike, row: int) -> list[dict[str, str]]:
+def parse_turns(turns: Any, source: str | os.PathLike, row: int) -> list[dict[str, str]]:
+    """The turns of `conversations` as messages; placeholders stay.
+
+    Raises:
+        RecordError: when they are not a list of `{"from": str, "value": str}`.
+    """
     if not isinstance(turns, list) or not turns:
         raise RecordError(source, row, f"'conversations' must be a list of at least one turn, got {turns!r:.80}")
     for number, turn in enumerate(turns):
@@ -235,47 +201,6 @@ def _parse_turns(turns: Any, source: str | os.PathLike, row: int) -> list[dict[s
 def resolve_image(name: str, image_folder: str | os.PathLike) -> str:
     """The path of an image: as it is if it exists or is a URL, else inside `image_folder` (card 2.2)."""
     return name if is_url(name) or os.path.exists(name) else os.path.join(image_folder, name)
-
-
-def _image_folder(path: Path, image_folder: str | os.PathLike | None) -> Path:
-    if image_folder is None:
-        return path.parent
-    if not os.path.isdir(image_folder):
-        raise RecordError(path, None, f"image_folder {os.fspath(image_folder)!r} does not exist; check the option")
-    return Path(image_folder)
-
-
-def _meta_entry(meta: Path, row: int, entry: Any) -> _Source:
-    if not isinstance(entry, dict) or not isinstance(entry.get("data_path"), str):
-        raise RecordError(meta, row, f"a source needs 'data_path' (and 'image_folder', 'ds_name'), got {entry!r:.120}")
-    path = _beside(meta, row, "data_path", entry["data_path"])
-    folder = _beside(meta, row, "image_folder", entry["image_folder"]) if entry.get("image_folder") else None
-    if not path.is_file():
-        raise RecordError(meta, row, f"data_path {entry['data_path']!r} is not a file")
-    return _Source(path, _image_folder(path, folder), str(entry.get("ds_name") or path.stem), iter_rows(path))
-
-
-def _beside(meta: Path, row: int, key: str, name: str) -> Path:
-    """A path of a meta file: absolute, else beside the meta file, else in the working directory."""
-    tried = [meta.parent / name, Path(name)]
-    for path in tried:
-        if path.exists():
-            return path
-    raise RecordError(
-        meta, row, f"{key} {name!r} does not exist (tried {', '.join(map(str, tried))}); check the entry"
-    )
-
-
-def _read_blacklist(blacklist: str | os.PathLike | Iterable[Any] | None) -> frozenset:
-    if blacklist is None or not isinstance(blacklist, str | os.PathLike):
-        return frozenset(blacklist or ())
-    path = existing_file(blacklist)
-    ids = set()
-    for row, value in iter_json_lines(path):
-        if not isinstance(value, dict) or "question_id" not in value:
-            raise RecordError(path, row, f"a blacklist line must be {{'question_id': ...}}, got {value!s:.120}")
-        ids.add(value["question_id"])
-    return frozenset(ids)
 
 
 # Writing

@@ -46,9 +46,9 @@ def check_conversation(
     validate_record(record, source, row)
     messages = record_messages(record)
     problems = itertools.chain(
-        _turn_problems(messages),
-        _image_problems(messages, record["images"]),
-        _prompt_problems(messages, latent_tokens),
+        turn_problems(messages),
+        image_problems(messages, record["images"]),
+        prompt_problems(messages, latent_tokens),
         _chain_problems(record, require_chain, latent_tokens),
         _response_problems(record, messages, latent_tokens),
     )
@@ -57,7 +57,8 @@ def check_conversation(
         raise RecordError(source, row, problem)
 
 
-def _turn_problems(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
+def turn_problems(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """Turns that do not end with the assistant's, or responses without a prompt."""
     roles = [turn["role"] for turn in messages]
     if not roles or roles[-1] != "assistant":
         yield f"the last turn must be the assistant's ('gpt'), got roles {roles}; add the response or drop the turn"
@@ -66,7 +67,8 @@ def _turn_problems(messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
             yield f"a response must follow a prompt, got roles {roles}; join or drop turns"
 
 
-def _image_problems(messages: Sequence[Mapping[str, str]], images: Sequence[Any]) -> Iterator[str]:
+def image_problems(messages: Sequence[Mapping[str, str]], images: Sequence[Any]) -> Iterator[str]:
+    """Images and `<image>` that do not match or stand in the wrong place, image tokens in the text, missing files."""
     for turn in messages:
         written = next(
             (token for token in (IMAGE_PAD, *IMAGE_TEXT.split(IMAGE_PAD)) if token in turn["content"]), None
@@ -89,9 +91,12 @@ def _image_problems(messages: Sequence[Mapping[str, str]], images: Sequence[Any]
             yield f"image file {os.fspath(image)!r} does not exist; check image_folder, or remove the record"
 
 
-def _prompt_problems(messages: Sequence[Mapping[str, str]], latent_tokens: Mapping[str, str]) -> Iterator[str]:
+def prompt_problems(
+    messages: Sequence[Mapping[str, str]], latent_tokens: Mapping[str, str], placeholder: str = LATENT_PLACEHOLDER
+) -> Iterator[str]:
+    """Latent tokens or placeholders in a turn that is not the assistant's."""
     for turn in messages:
-        marker = _marker_in(turn["content"], latent_tokens) if turn["role"] != "assistant" else None
+        marker = _marker_in(turn["content"], latent_tokens, placeholder) if turn["role"] != "assistant" else None
         if marker:
             yield (
                 f"the {turn['role']} turn contains {marker}, which only responses may hold (a region in a prompt "
@@ -99,8 +104,8 @@ def _prompt_problems(messages: Sequence[Mapping[str, str]], latent_tokens: Mappi
             )
 
 
-def _marker_in(text: str, latent_tokens: Mapping[str, str]) -> str | None:
-    return next((marker for marker in (*latent_tokens.values(), LATENT_PLACEHOLDER) if marker in text), None)
+def _marker_in(text: str, latent_tokens: Mapping[str, str], placeholder: str = LATENT_PLACEHOLDER) -> str | None:
+    return next((marker for marker in (*latent_tokens.values(), placeholder) if marker in text), None)
 
 
 def _chain_problems(record: Record, require_chain: bool, latent_tokens: Mapping[str, str]) -> Iterator[str]:

@@ -45,30 +45,43 @@ def expand_latent_placeholders(
 
 
 def expand_slot_placeholders(
-    text: str, counts: int | Sequence[int], latent_tokens: Mapping[str, str] = LASER_TOKENS
+    text: str,
+    counts: int | Sequence[int | None],
+    latent_tokens: Mapping[str, str] = LASER_TOKENS,
+    placeholder: str = LATENT_PLACEHOLDER,
+    keep_text_before: bool = False,
+    drop_surplus: bool = False,
 ) -> str:
-    """The reference's placeholder mode: the i-th `<laser>` becomes start + counts[i] slots + end.
+    """The references' placeholder mode: the i-th placeholder becomes start + counts[i] slots + end.
 
     As published, text before the first placeholder is dropped and newlines around placeholders stay.
 
     Args:
         text: one turn.
-        counts: number of slots for each placeholder, or one number for all.
+        counts: number of slots for each placeholder, or one number for all; None leaves a span out.
+        latent_tokens: role to token; a token of the role `latent_end` stands between the last slot and the end.
+        placeholder: what stands for a span.
+        keep_text_before: keep what stands before the first placeholder.
+        drop_surplus: leave out placeholders without a count, each with the text behind it (the published LVR layout).
 
     Raises:
-        ValueError: when a count is missing or negative.
+        ValueError: when a count is missing (without `drop_surplus`) or negative.
     """
-    first, *following = text.split(LATENT_PLACEHOLDER)
+    first, *following = text.split(placeholder)
     if not following:
         return first
     counts = [counts] * len(following) if isinstance(counts, int) else list(counts)[: len(following)]
-    if len(counts) < len(following) or min(counts) < 0:
-        raise ValueError(f"{len(following)} {LATENT_PLACEHOLDER} placeholders need as many counts >= 0, got {counts}")
-    return "".join(_slots(k, latent_tokens) + part for k, part in zip(counts, following, strict=True))
+    if (len(counts) < len(following) and not drop_surplus) or any(k is not None and k < 0 for k in counts):
+        raise ValueError(f"{len(following)} {placeholder} placeholders need as many counts >= 0, got {counts}")
+    spans = (_slots(k, latent_tokens) + part for k, part in zip(counts, following, strict=False))
+    return (first if keep_text_before else "") + "".join(spans)
 
 
-def _slots(count: int, latent_tokens: Mapping[str, str]) -> str:
-    return latent_tokens["start"] + latent_tokens["slot"] * count + latent_tokens["end"]
+def _slots(count: int | None, latent_tokens: Mapping[str, str]) -> str:
+    if count is None:
+        return ""
+    last = latent_tokens.get("latent_end", "")
+    return latent_tokens["start"] + latent_tokens["slot"] * count + last + latent_tokens["end"]
 
 
 def slot_run(latent_tokens: Mapping[str, str]) -> re.Pattern:
@@ -178,10 +191,10 @@ def encode_conversation(
     turns: Sequence[tuple[str, str]],
     tokenizer: "PreTrainedTokenizerBase",
     num_image_tokens: Sequence[int] = (),
-    system_message: str = DEFAULT_SYSTEM_MESSAGE,
+    system_message: str | None = DEFAULT_SYSTEM_MESSAGE,
     image_pad: str = IMAGE_PAD,
 ) -> dict[str, list[int]]:
-    """Token ids and labels of a conversation in the ChatML layout of Qwen2.5-VL.
+    """Token ids and labels of a conversation in the ChatML layout of the Qwen-VL models.
 
     The prefix (system message), each prompt (up to and with `<|im_start|>assistant\\n`) and each response (with its
     `<|im_end|>\\n`) are tokenised separately and joined, no token added. Only responses have labels.
@@ -190,7 +203,7 @@ def encode_conversation(
         turns: `(role, text)` with image placeholders expanded; a first turn `system` replaces `system_message`.
         tokenizer: the tokenizer with the latent tokens added.
         num_image_tokens: for each image in order, how many copies its image pad expands to (t * h * w / 4).
-        system_message: text of the prefix.
+        system_message: text of the prefix; `None` for none, as in Qwen3-VL (`LatentProcessor.default_system_message`).
         image_pad: token of an image embedding.
 
     Returns:
@@ -216,7 +229,7 @@ def encode_conversation(
     return {"input_ids": input_ids, "labels": labels}
 
 
-def _pieces(turns: Sequence[tuple[str, str]], system_message: str) -> Iterator[tuple[str, bool]]:
+def _pieces(turns: Sequence[tuple[str, str]], system_message: str | None) -> Iterator[tuple[str, bool]]:
     """The separately tokenised texts, and whether each is trained on."""
     turns = list(turns)
     if turns and turns[0][0] == "system":
@@ -225,7 +238,8 @@ def _pieces(turns: Sequence[tuple[str, str]], system_message: str) -> Iterator[t
         raise ValueError(
             f"the last turn must be of role 'assistant', got {[role for role, _ in turns]}; add the response"
         )
-    yield f"<|im_start|>system\n{system_message}<|im_end|>\n", False
+    if system_message is not None:
+        yield f"<|im_start|>system\n{system_message}<|im_end|>\n", False
     prompt = ""
     for role, text in turns:
         if role == "assistant":

@@ -1,0 +1,240 @@
+"""What the Qwen-VL families share: the forward of the backbone with latents, and the forward of the head class.
+
+The families differ inside the stock classes (windows in the vision tower, deep-stack features, layout of the rotary
+axes), which are called, never copied. One recipe is exact for all: embed the ids, put the latents in, compute the
+rotary positions from the ids, and call the stock backbone with embeddings and positions. The ids stay aside for one
+purpose: the stock backbone would otherwise find image placeholders by comparing embeddings, and might take a latent,
+or another token of the same embedding, for one.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .generation_latent import LatentGenerationMixin
+from .latent_heads import build_latent_head
+from .latent_inputs import LatentCausalLMOutputWithPast, LatentHeadMixin, LatentInputsMixin
+
+_PLACEHOLDERS: ContextVar[torch.LongTensor | None] = ContextVar("latent_placeholders", default=None)
+_NO_TOKEN = -1
+
+
+class LatentQwenVLModelMixin(LatentInputsMixin):
+    """For a backbone class, before the stock one: `class LatentQwen3VLModel(LatentQwenVLModelMixin, Qwen3VLModel)`.
+
+    Class attributes:
+        position_inputs: names of further arguments that the rotary positions of the family are computed from.
+    """
+
+    position_inputs: tuple[str, ...] = ()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        latent_embeds: torch.Tensor | None = None,
+        latent_mask: torch.BoolTensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        r"""As the stock forward, with latents (contract C1).
+
+        latent_embeds (`torch.Tensor` of shape `(batch, length, hidden)`, *optional*):
+            Vectors that replace token embeddings where `latent_mask` is true.
+        latent_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
+            Latent positions; default `input_ids == config.latent_token_id`.
+        """
+        embeds = self.embed_with_latents(input_ids, inputs_embeds, latent_embeds, latent_mask)
+        has_images = not (pixel_values is None and pixel_values_videos is None and not mm_encoder_outputs)
+        placeholders = None
+        if embeds is not None and has_images and (input_ids is not None or latent_embeds is not None):
+            placeholders = self._placeholder_ids(input_ids, inputs_embeds, latent_mask)
+        if embeds is not None and input_ids is not None and position_ids is None:
+            position_ids = self.compute_3d_position_ids(
+                input_ids=input_ids,
+                inputs_embeds=embeds,
+                image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                mm_token_type_ids=mm_token_type_ids,
+                **{name: kwargs.get(name) for name in self.position_inputs},
+            )
+            if position_ids is None:  # text alone; said here, or positions of an earlier call would be taken up
+                position_ids = _plain_positions(embeds, past_key_values)
+        stock_forward = functools.partial(
+            super().forward,
+            input_ids=input_ids if embeds is None else None,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        if placeholders is None:
+            return stock_forward()
+        token = _PLACEHOLDERS.set(placeholders)
+        try:
+            return stock_forward()
+        finally:
+            _PLACEHOLDERS.reset(token)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.BoolTensor, torch.BoolTensor]:
+        """Image and video placeholders, each `(batch, length, 1)`, by the ids of the running forward if it has any."""
+        input_ids = _PLACEHOLDERS.get() if input_ids is None else input_ids
+        return super().get_placeholder_mask(input_ids, inputs_embeds, *args, **kwargs)
+
+    def _placeholder_ids(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        latent_mask: torch.BoolTensor | None,
+    ) -> torch.LongTensor:
+        """`(batch, length)` ids in which no latent is a placeholder, whatever id or vector it has."""
+        if input_ids is None:
+            image, video = super().get_placeholder_mask(None, inputs_embeds)
+            input_ids = torch.full(inputs_embeds.shape[:2], _NO_TOKEN, device=inputs_embeds.device)
+            input_ids = input_ids.masked_fill(video[..., 0], self.config.video_token_id)
+            input_ids = input_ids.masked_fill(image[..., 0], self.config.image_token_id)
+        return input_ids if latent_mask is None else input_ids.masked_fill(latent_mask, _NO_TOKEN)
+
+
+class LatentQwenVLHeadMixin(LatentGenerationMixin, LatentHeadMixin):
+    """For a head class, before the stock one; its `__init__` builds the backbone and calls `build_heads`."""
+
+    def build_heads(self, config: Any) -> None:
+        """The LM head of the stock class and the latent head, if the configuration names one; initialises weights."""
+        text = config.get_text_config()
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.latent_head = build_latent_head(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        latent_embeds: torch.Tensor | None = None,
+        latent_mask: torch.BoolTensor | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> LatentCausalLMOutputWithPast | tuple:
+        r"""As the stock forward, with latents.
+
+        latent_embeds (`torch.Tensor` of shape `(batch, length, hidden)`, *optional*):
+            Vectors that replace token embeddings where `latent_mask` is true.
+        latent_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
+            Latent positions; default `input_ids == config.latent_token_id`.
+
+        In train mode with `labels` the output has no logits: only labelled rows meet the LM head.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            latent_embeds=latent_embeds,
+            latent_mask=latent_mask,
+            **kwargs,
+        )
+        loss, logits, kept = self.project_hidden_states(outputs[0], labels, logits_to_keep, num_items_in_batch)
+        output = LatentCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            last_hidden_state=kept,
+            latent_states=self.latent_step(kept),
+        )
+        use_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if use_dict else output.to_tuple()
+
+
+def forward_with(forward: Callable[..., Any], **annotations: Any) -> Callable[..., Any]:
+    """A forward of this file whose signature names further arguments of one family.
+
+    `generate` and the Trainer refuse, or drop, what the signature does not name. The values travel in `**kwargs`.
+
+    Args:
+        forward: the forward of a mixin.
+        annotations: name of the argument (default `None`) to its type.
+    """
+
+    @functools.wraps(forward)
+    def family_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    signature = inspect.signature(forward)
+    *named, rest = signature.parameters.values()
+    kind = inspect.Parameter.KEYWORD_ONLY
+    further = [inspect.Parameter(name, kind, default=None, annotation=type_) for name, type_ in annotations.items()]
+    family_forward.__signature__ = signature.replace(parameters=[*named, *further, rest])
+    return family_forward
+
+
+def register_checkpoint_renaming(*stock_names: str) -> None:
+    """Give the latent classes the renaming of checkpoint tensors of the stock classes.
+
+    Stock checkpoints name their tensors `visual.*` and `model.layers.*`; the renaming is looked up by class name and
+    skips custom classes. A family without a renaming needs none.
+    """
+    for name in stock_names:
+        mapping = get_checkpoint_conversion_mapping(name)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping("Latent" + name, mapping, overwrite=True)
+
+
+def _plain_positions(embeds: torch.Tensor, past_key_values: Cache | None) -> torch.LongTensor:
+    """`(batch, length)` positions that go on after the cache, as the stock text models count them."""
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return (torch.arange(embeds.shape[1], device=embeds.device) + past).expand(embeds.shape[0], -1)
+
+
+__all__ = ["LatentQwenVLHeadMixin", "LatentQwenVLModelMixin", "forward_with", "register_checkpoint_renaming"]
