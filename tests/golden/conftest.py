@@ -16,8 +16,14 @@ from typing import Any
 
 import pytest
 
-for _part in ("data", "decoding", "losses"):
-    pytest.register_assert_rewrite(f"tests.golden.laser_{_part}")
+for _part in (
+    *(f"laser_{name}" for name in ("batching", "data", "decoding", "losses")),
+    "lvr_data",
+    "lvr_losses",
+    "lvr_rewards",
+    "lvr_rl",
+):
+    pytest.register_assert_rewrite(f"tests.golden.{_part}")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

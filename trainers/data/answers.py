@@ -319,3 +319,18 @@ def score_choice_relaxed(response: str, label: str) -> bool:
 def _relaxed_choice(text: str) -> str:
     fallback = _first_alphanumeric(text)
     return _standalone_letter(text) or (fallback if fallback in "ABCD" else "")
+
+
+# The published scorer of LVR ("Latent Visual Reasoning", arXiv 2509.24251; card section 7)
+
+LETTER_INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
+
+
+def extract_letter_lvr(text: str) -> str:
+    """The published rule of LVR: the first character of [`extract_answer_laser`]'s answer, `""` when it is empty."""
+    return extract_answer_laser(text)[:1]
+
+
+def score_letter_lvr(response: str, label: str) -> bool:
+    """Whether that character is the label, case and blanks included: "(C)" and "the answer is C" are wrong."""
+    return extract_letter_lvr(response) == label
