@@ -10,17 +10,16 @@ import argparse
 import json
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
 from evaluation.benchmarks.mazes import MazeReport, evaluate_mazes
 from evaluation.statistics import paired_bootstrap_difference
-from modeling_latent import convert_stock_checkpoint
+from modeling_latent import load_latent_model
 from trainers.data.mazes import maze_dataset, read_published_mazes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a model")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a latent or stock model, or of an adapter")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of a Hub id")
     parser.add_argument("--num_mazes", type=int, default=200, help="generated mazes of the test split")
     parser.add_argument("--seed", type=int, default=123, help="seed of the generated mazes")
     parser.add_argument("--vsp_dir", default=None, help="folder of the published VSP mazes")
@@ -32,7 +31,10 @@ def main() -> None:
     parser.add_argument("--output", default=None, help="write predictions and accuracies to this JSON file")
     args = parser.parse_args()
 
-    model, processor = load(args.model)
+    # a stock model is made latent, for `--strategies off`
+    model, processor = load_latent_model(
+        args.model, method="laser", adapter="merge", revision=args.revision, trust_remote_code=True
+    )
     sets = {"held-out": list(maze_dataset(args.num_mazes, seed=args.seed, split="test"))}
     if args.vsp_dir:
         sets["published"] = read_published_mazes(args.vsp_dir, cell_pixels=28)
@@ -52,14 +54,6 @@ def main() -> None:
         print(f"{name}: chance {100 * reports[0].chance:.1f} %")
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
-
-
-def load(name: str) -> tuple:
-    """A latent model as it is; a stock one made latent, for `--strategies off`."""
-    if AutoConfig.from_pretrained(name, trust_remote_code=True).model_type.startswith("latent_"):
-        model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
-        return model, AutoProcessor.from_pretrained(name, trust_remote_code=True)
-    return convert_stock_checkpoint(name)
 
 
 def print_differences(reports: list[MazeReport]) -> None:

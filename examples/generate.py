@@ -2,19 +2,21 @@
 
     python examples/generate.py --model runs/quickstart/laser-maze --image maze.png --question "Find a path ..."
 
-Without --image a maze is generated. The model may be a folder or a Hub id; only transformers, torch and pillow are
-used to load and generate.
+Without --image a maze is generated. The model may be a folder or a Hub id, also of an adapter, which is merged into
+its base.
 """
 
 import argparse
 
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from modeling_latent import load_latent_model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a latent model")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a latent model or of an adapter of one")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of a Hub id")
     parser.add_argument("--image", default=None, help="picture; default: a generated maze")
     parser.add_argument("--question", default=None, help="default: the question of the maze task")
     parser.add_argument("--latent_strategy", default="dynamic", help="off, fixed or dynamic")
@@ -24,8 +26,7 @@ def main() -> None:
     parser.add_argument("--save_trace", default=None, help="write the latent trace to this safetensors file")
     args = parser.parse_args()
 
-    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    model, processor = load_latent_model(args.model, adapter="merge", revision=args.revision, trust_remote_code=True)
     image, question = load_image(args.image), args.question or default_question()
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(

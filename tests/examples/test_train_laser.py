@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,18 +15,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
-from examples import train_laser
-from modeling_latent import LatentQwen2_5_VLForConditionalGeneration
+from examples import evaluate, generate, train_laser
+from modeling_latent import LATENT_CLASSES, LatentQwen2_5_VLForConditionalGeneration, load_latent_model
 from tests.hub import ROOT
 from tests.tiny import tiny_images
 from trainers.data.llava import write_llava
-from trainers.data.mazes import maze_dataset
+from trainers.data.mazes import maze_dataset, maze_of_record, published_identities
 from trainers.data.records import RecordError, RecordShareError, record_from_row
+from trainers.model_loading import LatentModelConfig, load_for_training
 from trainers.tiny import save_tiny_stock_checkpoint
 
-PARTS = (train_laser.ScriptArguments, train_laser.TrainLaserConfig, ModelConfig)
+PARTS = (train_laser.ScriptArguments, train_laser.TrainLaserConfig, LatentModelConfig)
 Run = Callable[..., str]
 
 
@@ -82,7 +84,14 @@ YAML = {
     "min_pixels": 784,
     "max_pixels": 1568,
     "maze_seed": 3,
+    "num_mazes": 90,
     "num_eval_mazes": 7,
+    "vsp_dir": "published",
+    "dry_run_processes": 8,
+    "model_revision": "v2",
+    "use_peft": True,
+    "lora_r": 4,
+    "load_in_4bit": True,
     "latent_method": "laser",
     "latent_form": "slots",
     "num_slots": 4,
@@ -113,15 +122,31 @@ def test_every_key_of_a_yaml_arrives_and_flags_win(tmp_path: Path) -> None:
     assert {name: found[name] for name in expected} == expected
 
 
-def test_the_recipe_of_the_paper_is_read(tmp_path: Path) -> None:
-    recipe = ROOT / "hub_configs" / "laser-7b" / "sft.yaml"
+@pytest.mark.parametrize("size, base", [("7b", "7B"), ("3b", "3B")])
+def test_the_recipe_of_the_paper_is_read(size: str, base: str, tmp_path: Path) -> None:
+    recipe = ROOT / "hub_configs" / f"laser-{size}" / "sft.yaml"
     values = yaml.safe_load(recipe.read_text())
     names = {field.name for part in PARTS for field in dataclasses.fields(part)}
     assert set(values) <= names
     script, config, model = parse("--config", recipe, "--output_dir", tmp_path, "--use_cpu=true", "--bf16=false")
     assert (config.latent_loss_weight, config.dwal_entropy_threshold, config.dwal_force_prob) == (1.0, 0.6, 0.8)
-    assert script.freeze_vision_tower and (script.min_pixels, script.max_pixels) == (128 * 28 * 28, 8192 * 28 * 28)
-    assert model.model_name_or_path == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert (config.enable_dynamic_batch, config.dynamic_batch_token_cap, config.dynamic_batch_max_bs) == (
+        True,
+        8192,
+        16,
+    )
+    assert (config.learning_rate, config.weight_decay, config.adam_epsilon, config.max_steps) == (1e-5, 0.1, 1e-6, 320)
+    assert model.freeze_vision_tower and (model.min_pixels, model.max_pixels) == (128 * 28 * 28, 8192 * 28 * 28)
+    assert model.model_name_or_path == f"Qwen/Qwen2.5-VL-{base}-Instruct" and not model.use_peft
+
+
+def test_several_loggers_are_a_list(tmp_path: Path) -> None:
+    options = {"report_to": ["tensorboard", "wandb"], "output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(options))
+    assert parse("--config", tmp_path / "a.yaml")[1].report_to == ["tensorboard", "wandb"]
+    assert parse("--output_dir", tmp_path, "--report_to=tensorboard", "--use_cpu=true", "--bf16=false")[
+        1
+    ].report_to == ["tensorboard"]
 
 
 @pytest.mark.parametrize("key", ["dwal_windowsize", "lambda"])
@@ -246,7 +271,7 @@ def test_a_latent_folder_is_continued_and_the_vision_tower_can_be_frozen(
 
 def test_a_folder_without_config_is_named(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty' has no config.json; give a folder written by save_pretrained"):
+    with pytest.raises(ValueError, match="empty has no config.json; give a folder written by save_pretrained"):
         run("--model_name_or_path", tmp_path / "empty")
 
 
@@ -255,7 +280,8 @@ def test_another_family_is_named(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text" / "config.json").write_text(
         json.dumps({"model_type": "qwen2", "architectures": ["Qwen2Model"]})
     )
-    with pytest.raises(ValueError, match=r"text is a 'qwen2' checkpoint; latent classes exist for \['qwen2_5_vl'\]"):
+    families = re.escape(str(sorted(LATENT_CLASSES)))
+    with pytest.raises(ValueError, match=f"text is a 'qwen2' checkpoint; latent classes exist for {families}"):
         run("--model_name_or_path", tmp_path / "text")
 
 
@@ -264,18 +290,23 @@ def test_a_folder_that_does_not_exist_is_named(run: Run, tmp_path: Path) -> None
         run("--model_name_or_path", tmp_path / "gone")
 
 
-@pytest.mark.parametrize("flag", ["--load_in_4bit=true", "--load_in_8bit=true", "--model_revision=v2"])
-def test_options_that_the_script_does_not_read_are_refused(flag: str, run: Run) -> None:
-    with pytest.raises(ValueError, match="load_in_4bit, load_in_8bit and model_revision are not read by this script"):
-        run(flag)
+def test_options_that_cannot_work_are_refused(run: Run) -> None:
+    with pytest.raises(ValueError, match="load_in_8bit=true: a quantised base is not trained itself; add use_peft"):
+        run("--load_in_8bit=true")
+    with pytest.raises(ValueError, match="model_revision='v2': .*base is a folder, which has none; leave it out"):
+        run("--model_revision=v2")
+    with pytest.raises(ValueError, match="lora_alpha=3 is read with use_peft=true only"):
+        run("--lora_alpha=3")
+    with pytest.raises(ValueError, match="matches lm_head: the losses multiply with its weight"):
+        run("--use_peft=true", "--lora_target_modules", "lm_head")
 
 
 def test_pixels_bound_the_image_tokens(base: Path, tmp_path: Path) -> None:
     def tokens(*flags: str) -> int:
-        script, config, model_args = parse(
+        _, _, model_args = parse(
             f"--model_name_or_path={base}", f"--output_dir={tmp_path}", "--use_cpu=true", "--bf16=false", *flags
         )
-        _, processor = train_laser.load_model(model_args, script, config)
+        _, processor, _ = load_for_training(model_args, "laser", weights=False)
         image = tiny_images(1)[0].resize((280, 280))
         return int(processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"].prod()) // 4
 
@@ -287,10 +318,37 @@ def test_pixels_bound_the_image_tokens(base: Path, tmp_path: Path) -> None:
         tokens("--min_pixels=78400")
 
 
-def test_an_adapter_is_trained_by_flags(run: Run, data: Path, tmp_path: Path) -> None:
-    run("--data_path", data, "--use_peft=true", "--lora_r=2", "--lora_target_modules", "q_proj", "v_proj")
+def test_an_adapter_is_trained_by_flags_and_loaded_alone(
+    run: Run,
+    data: Path,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    run("--data_path", data, "--use_peft=true", "--lora_r=2", "--lora_target_modules", "q_proj")
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    assert {"adapter_model.safetensors", "config.json"} <= files and "model.safetensors" not in files
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in names if "lora_" in name} == {"q_proj"}
+    model, _ = load_latent_model(tmp_path / "out")
+    assert isinstance(model, LatentQwen2_5_VLForConditionalGeneration)
+    # the scripts put it on its base, too
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(tmp_path / "out"), "--max_new_tokens=6"])
+    generate.main()
+    assert re.search(r"span: +\d+ slots at \d+, closed by", capsys.readouterr().out)
+    flags = ["--num_mazes=2", f"--output={tmp_path / 'scores.json'}", "--strategies", "dynamic"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(tmp_path / "out"), *flags])
+    evaluate.main()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert len(scores["held-out, latents dynamic"]["predictions"]) == 2
+    with pytest.raises(ValueError, match="base is a stock 'qwen2_5_vl' checkpoint without latents"):
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(base)])
+        generate.main()
+    # and another run goes on from it
+    run("--data_path", data, "--model_name_or_path", tmp_path / "out", "--output_dir", tmp_path / "more")
+    more = load_file(tmp_path / "more" / "adapter_model.safetensors")
+    assert more.keys() == names.keys() and any(not torch.equal(more[name], names[name]) for name in names)
 
 
 def test_a_run_goes_on_where_it_stopped(run: Run, data: Path, tmp_path: Path) -> None:
@@ -313,6 +371,45 @@ def test_without_data_generated_mazes_are_trained_and_evaluated(
     printed = run("--model_name_or_path", "", "--max_steps=1", "--logging_steps=1")
     assert "eval_loss_latent" in printed and f"saved to {tmp_path / 'out'}" in printed
     assert "eval_" not in run("--num_eval_mazes=0", "--max_steps=1")
+
+
+def test_published_mazes_are_left_out(base: Path, tmp_path: Path) -> None:
+    tables = tmp_path / "level3" / "table"
+    tables.mkdir(parents=True)
+    seen = [maze_of_record(record_from_row(row)) for row in maze_dataset(30, seed=3, sizes=(3,))]
+    for number, maze in enumerate(seen[:8], 1):
+        (tables / f"{number}.txt").write_text(maze.to_text())
+    options = ["--output_dir", tmp_path / "out", "--use_cpu=true", "--bf16=false", "--num_eval_mazes=20"]
+    script, config, _ = parse(*options, "--num_mazes=200", f"--vsp_dir={tmp_path}", "--maze_seed=3")
+    found = [
+        {maze_of_record(record_from_row(row)).identity for row in part}
+        for part in train_laser.load_data(script, config)
+    ]
+    excluded = published_identities(tmp_path)
+    assert len(excluded) > 4 and not excluded & (found[0] | found[1])
+    script.vsp_dir = None
+    found = {maze_of_record(record_from_row(row)).identity for row in train_laser.load_data(script, config)[0]}
+    assert excluded & found
+    script.vsp_dir = str(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        train_laser.load_data(script, config)
+
+
+def test_the_seed_fixes_data_and_added_rows(base: Path, tmp_path: Path) -> None:
+    def start(*flags: str) -> tuple[str, torch.Tensor]:
+        torch.rand(7)
+        script, config, model_args = parse(
+            f"--model_name_or_path={base}", f"--output_dir={tmp_path}", "--use_cpu=true", "--bf16=false",
+            "--num_eval_mazes=0", "--use_peft=true", "--lora_r=2", *flags,
+        )  # fmt: skip
+        trainer = train_laser.build_trainer(script, config, model_args)
+        factor = next(p for name, p in trainer.model.named_parameters() if "lora_A" in name)
+        return next(iter(trainer.train_dataset))["id"], factor.detach()
+
+    first, again, other = start("--seed=1"), start("--seed=1"), start("--seed=2")
+    assert first[0] == again[0] == "maze-train-1-0" and other[0] == "maze-train-2-0"
+    assert torch.equal(first[1], again[1]) and not torch.equal(first[1], other[1])
+    assert start("--seed=1", "--maze_seed=5")[0] == "maze-train-5-0"
 
 
 def test_the_script_runs_as_a_program(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,206 @@
+"""`--dry_run` of every recipe in `hub_configs/`, from a Hub without weights, and of recipes that must be refused."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from examples import train_laser
+from tests.hub import ROOT, LocalHub, Repo, StoredFile
+from trainers.tiny import STOCK_CHAT_TEMPLATE, TINY_TEXTS, save_tiny_stock_checkpoint, tiny_config
+from trainers.tiny_tokenizer import build_tiny_tokenizer
+
+# Folders of hub_configs/ whose YAML files are no recipes of a training script.
+OTHER_YAML = {"accelerate", "deepspeed", "datasets"}
+RECIPES = sorted(
+    path
+    for path in (ROOT / "hub_configs").rglob("*.yaml")
+    if path.relative_to(ROOT / "hub_configs").parts[0] not in OTHER_YAML
+)
+NAMES = [path.relative_to(ROOT).as_posix() for path in RECIPES]
+# The shapes of the published checkpoints, and the number of their parameters.
+SHAPES = {
+    "Qwen/Qwen2.5-VL-7B-Instruct": (152064, 3584, 28, 28, 4, 18944, False),
+    "Qwen/Qwen2.5-VL-3B-Instruct": (151936, 2048, 36, 16, 2, 11008, True),
+}
+TOTALS = {"Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656, "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976}
+# What a dry run may read of a repository, and what it may ask for in vain.
+READ = {"config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.json"}
+WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|gguf|index\.json)$")
+
+
+class AskedFiles(dict):
+    """The files of a commit; remembers which were asked for."""
+
+    def __init__(self, files: dict[str, StoredFile]) -> None:
+        super().__init__(files)
+        self.asked: set[str] = set()
+
+    def __contains__(self, path: object) -> bool:
+        self.asked.add(str(path))
+        return super().__contains__(path)
+
+
+def published_files(name: str) -> dict[str, StoredFile]:
+    """Configuration of a published checkpoint in its real shape, a tiny tokenizer, and no weights."""
+    rows, hidden, layers, heads, kv_heads, intermediate, tied = SHAPES[name]
+    tokenizer = build_tiny_tokenizer(TINY_TEXTS)
+    config = tiny_config(
+        "qwen2_5_vl", rows, tokenizer, hidden_size=hidden, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+        intermediate_size=intermediate, vision_depth=32, vision_hidden_size=1280, vision_num_heads=16,
+        vision_intermediate_size=3420, window_size=112, tie_word_embeddings=tied,
+    )  # fmt: skip
+    config.vision_config.fullatt_block_indexes = [7, 15, 23, 31]
+    values = {**config.to_dict(), "architectures": ["Qwen2_5_VLForConditionalGeneration"], "dtype": "bfloat16"}
+    image_processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": 3136, "longest_edge": 12845056},
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    texts = {
+        "config.json": json.dumps(values),
+        "preprocessor_config.json": json.dumps(image_processor),
+        "tokenizer.json": tokenizer.backend_tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|endoftext|>",
+                "clean_up_tokenization_spaces": False,
+            }
+        ),
+        "chat_template.json": json.dumps({"chat_template": STOCK_CHAT_TEMPLATE}),
+    }
+    return {path: StoredFile(text.encode(), lfs=False) for path, text in texts.items()}
+
+
+DRY_RUNS = """
+import contextlib, io, json, runpy, sys
+from pathlib import Path
+root, reports = Path(sys.argv[1]), {}
+sys.path.insert(0, str(root))
+for recipe, script in json.loads(sys.argv[2]).items():
+    sys.argv = [script, "--config", str(root / recipe), "--dry_run", "--num_mazes", "64", "--num_eval_mazes", "2"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        runpy.run_path(str(root / script), run_name="__main__")
+    reports[recipe] = printed.getvalue()
+print(json.dumps({"reports": reports, "left": [str(path) for path in Path.cwd().rglob("*") if path.is_file()]}))
+"""
+
+
+def script_of(path: Path) -> str:
+    """The script that a recipe says it is for, with its own path as --config."""
+    name = path.relative_to(ROOT).as_posix()
+    text = " ".join(line.lstrip("# ").removesuffix("\\") for line in path.read_text().splitlines())
+    found = re.search(rf"(examples/\w+\.py)\s+--config {re.escape(name)}", re.sub(r"\s+", " ", text))
+    assert found, f"{name} does not say its command, `examples/<script>.py --config {name}`"
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the dry run of each recipe prints, all in one process, and which files of the Hub were asked for."""
+    with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
+        asked = {}
+        for name in SHAPES:
+            repo = hub.repos["models", name] = Repo()
+            commit = repo.add(published_files(name))
+            asked[name] = repo.commits[commit] = AskedFiles(repo.commits[commit])
+        scripts = {name: script_of(path) for name, path in zip(NAMES, RECIPES, strict=True)}
+        printed = hub.run(DRY_RUNS, str(ROOT), json.dumps(scripts), timeout=600)
+        result = json.loads(printed.strip().splitlines()[-1])
+        return {**result, "asked": {name: files.asked for name, files in asked.items()}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_would_do(name: str, dry_runs: dict[str, Any]) -> None:
+    report, values = dry_runs["reports"][name], yaml.safe_load((ROOT / name).read_text())
+    assert "dry run: no weights are read" in report and "\nfirst batch " in report
+    assert "latent loss   | " in report and "cross entropy | <|laser_start|>" in report
+    model = values.get("model_name_or_path")
+    if model is not None:
+        assert f"parameters  {TOTALS[model]:,} in all" in report or values.get("use_peft")
+        assert f", from {model}" in report
+    assert f"steps       {values['max_steps']:,} (" in report
+    assert f"peak lr {values['learning_rate']:g}" in report
+    processes = values.get("dry_run_processes", 1)
+    assert f"x {values.get('gradient_accumulation_steps', 1)} accumulated x {processes} processes" in report
+
+
+def test_the_totals_of_the_published_models(dry_runs: dict[str, Any]) -> None:
+    seven, three = (dry_runs["reports"][f"hub_configs/laser-{size}/sft.yaml"] for size in ("7b", "3b"))
+    vision = re.compile(r"vision tower +([\d,]+)  frozen")
+    for report, total in ((seven, 8_292_166_656), (three, 3_754_622_976)):
+        frozen = int(vision.search(report)[1].replace(",", ""))
+        assert f"parameters  {total:,} in all, {total - frozen:,} trainable ({1 - frozen / total:.2%})" in report
+    assert "LM head              544,997,376  trainable" in seven and "LM head" not in three
+    for kind in ("lora", "qlora"):
+        report = dry_runs["reports"][f"hub_configs/laser-7b/{kind}.yaml"]
+        trained = int(re.search(r"adapter +([\d,]+)  trainable", report)[1].replace(",", ""))
+        # rank 64 on seven projections of 28 layers, and three rows of both ends
+        widths = 2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944)
+        assert trained == 64 * 28 * widths + 2 * 3 * 3584
+        assert f"parameters  {8_292_166_656 + trained:,} in all, {trained:,} trainable" in report
+    weights = {kind: dry_runs["reports"][f"hub_configs/laser-7b/{kind}.yaml"] for kind in ("sft", "lora", "qlora")}
+    size = {kind: float(re.search(r"weights ([\d.]+) GiB", report)[1]) for kind, report in weights.items()}
+    assert size["sft"] == 15.4 and size["qlora"] < size["sft"] / 2 < size["lora"]
+
+
+def test_no_weight_was_asked_for_and_nothing_was_written(dry_runs: dict[str, Any]) -> None:
+    for name, asked in dry_runs["asked"].items():
+        assert READ <= asked, name
+        assert not [path for path in asked if WEIGHTS.search(path)], name
+    left = [path for path in dry_runs["left"] if "/hub/" not in path and "/modules/" not in path]
+    assert not [path for path in left if "runs" in Path(path).parts], left
+
+
+def test_every_recipe_is_covered() -> None:
+    known = ("laser-7b/sft", "laser-7b/lora", "laser-7b/qlora", "laser-3b/sft", "maze-tiny/laser")
+    assert {f"hub_configs/{name}.yaml" for name in known} <= set(NAMES)
+    assert set(SHAPES) == set(TOTALS)
+
+
+# Recipes that training would refuse -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_stock_checkpoint(tmp_path_factory.mktemp("model") / "base")
+
+
+BAD = {
+    "adapter of no module": (["--use_peft=true", "--lora_target_modules", "x_proj"], "x_proj"),
+    "adapter of the LM head": (["--use_peft=true", "--lora_target_modules", "lm_head", "q_proj"], "lm_head"),
+    "pixels in the wrong order": (["--min_pixels=7840", "--max_pixels=784"], "min_pixels=7840 is above"),
+    "cap below a sample": (["--enable_dynamic_batch=true", "--dynamic_batch_token_cap=40"], "token_cap=40 is smaller"),
+    "unknown method": (["--latent_method=lasre"], "lasre"),
+    "float16 weights": (["--dtype=float16"], "float16"),
+    "optimiser that is not installed": (["--optim=galore_adamw"], "galore"),
+    "data that is not there": (["--data_path=gone.json"], "gone.json"),
+    "quantised without adapter": (["--load_in_4bit=true"], "load_in_4bit=true"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_training_refuses_is_refused(
+    case: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags, message = BAD[case]
+    options = {"model_name_or_path": base, "output_dir": tmp_path / "out", "max_steps": 1, "num_mazes": 4}
+    speed = {"per_device_train_batch_size": 2, "num_eval_mazes": 0, "use_cpu": True, "bf16": False}
+    common = [f"--{name}={value}" for name, value in {**options, **speed, "save_strategy": "no"}.items()]
+    errors = []
+    for mode in ([], ["--dry_run"]):
+        monkeypatch.setattr(sys, "argv", ["train_laser.py", *common, *flags, *mode])
+        with pytest.raises(Exception, match=message) as caught:
+            train_laser.main()
+        errors.append(caught.value)
+    assert type(errors[0]) is type(errors[1]) and str(errors[0]) == str(errors[1])
+    assert not list(tmp_path.rglob("*.safetensors"))
