@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment that is made here when there is none: `make test` in a fresh clone just works.
 #   make test PYTHON=python3.12      another interpreter for the environment
 #   make test PYTEST_ARGS="-k hub"   more arguments for pytest
-#   make test EXTRAS=dev,deepspeed   more of the optional dependencies
+#   make test EXTRAS=dev,deepspeed   more of the optional dependencies; with this one the tests of ZeRO-2 and ZeRO-3 run
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,6 +11,8 @@ PYTEST_ARGS ?=
 PY = $(VENV)/bin/python
 comma = ,
 INSTALLED = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+# Programs that a package brings are found by the processes that a test starts (ninja, accelerate).
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: quickstart test test-slow check format benchmark clean
 .DEFAULT_GOAL := test

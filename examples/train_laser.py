@@ -75,7 +75,11 @@ def load_data(script: ScriptArguments, config: LatentSFTConfig) -> tuple:
         seed = config.seed if script.maze_seed is None else script.maze_seed
         options = {"seed": seed, "exclude": exclude}
         number = script.num_mazes or (DYNAMIC_MAZES if config.enable_dynamic_batch else None)
-        train = maze_dataset(number, split="train", **options) if number else maze_stream(split="train", **options)
+        if number:
+            train = maze_dataset(number, split="train", **options)
+        else:  # every process and loader worker draws mazes of its own
+            shards = config.world_size * max(1, config.dataloader_num_workers)
+            train = maze_stream(split="train", num_shards=shards, **options)
         held_out = script.num_eval_mazes
         return train, maze_dataset(held_out, split="validation", **options) if held_out else None
     report = RecordReport(config.max_bad_share)
@@ -124,7 +128,7 @@ def main() -> None:
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model(config.output_dir)
-    print(f"saved to {config.output_dir}")
+    trainer.accelerator.print(f"saved to {config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
+from .configuration_latent import published_method
 from .conversion_latent import build_without_weights, convert_stock_checkpoint, latent_classes
 from .processing_latent import LatentProcessor
 
@@ -35,7 +36,8 @@ def load_latent_model(
     """Load a model that reasons in latents, with its processor.
 
     Args:
-        name_or_path: folder or Hub repository of a latent checkpoint, a stock one (give `method`), or an adapter.
+        name_or_path: folder or Hub repository of a latent checkpoint, one written by the published code of a method,
+            a stock one (give `method`), or an adapter.
         method: name in `LATENT_METHODS`, for a stock checkpoint; a latent one and an adapter say it themselves.
         adapter: `"attach"` puts the adapter's modules into the model (`disable_adapters()` switches them off),
             `"merge"` folds them into the weights, `"skip"` returns the base as the adapter needs it.
@@ -89,7 +91,7 @@ def _load_whole(
     code = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name, **code)
     if not config.model_type.startswith("latent_"):
-        if method is None:
+        if method is None and published_method(config) is None:
             latent_classes(config.model_type, name)
             raise ValueError(
                 f"{name} is a stock {config.model_type!r} checkpoint without latents; give the method that it is to "
@@ -151,7 +153,7 @@ def _saved_config(name: str, revision: str | None) -> Any:
 def _check_rows(name: str, base: str, revision: str | None, settings: dict[str, Any], model: PreTrainedModel) -> None:
     """Refuse an adapter without the embedding rows that its base lacks: they would be drawn at random."""
     stock = AutoConfig.from_pretrained(base, revision=revision or "main").get_text_config().vocab_size
-    added = set(range(stock, model.get_input_embeddings().weight.shape[0]))
+    added = set(range(stock, model.config.get_text_config().vocab_size))
     tokens = settings.get("trainable_token_indices") or []
     rows = {row for rows in (tokens.values() if isinstance(tokens, dict) else [tokens]) for row in rows}
     if added - rows and "embed_tokens" not in (settings.get("modules_to_save") or []):

@@ -8,7 +8,10 @@ from trl import SFTConfig
 
 from .collators import check_layout
 from .data.records import DEFAULT_MAX_BAD_SHARE
+from .distributed import LOSS_AVERAGES
+from .dynamic_loader import check_dynamic_options
 from .exposure import LatentExposure
+from .fault_tolerance import check_precision
 from .losses.dwal import DwalOptions
 
 # Options of trl.SFTConfig that have no meaning here, and why.
@@ -16,6 +19,8 @@ _REFUSED = {
     "assistant_only_loss": "says what the collator does anyway: only responses carry labels",
     "label_smoothing_factor": "needs the logits of all positions, which are never built",
     "chat_template_path": "is not read: the collator writes the layout of the published data",
+    "save_on_each_node": "leaves the other nodes without weights (transformers writes them on the first process alone)"
+    "; use an output_dir that all nodes share",
     "shuffle_dataset": "is not read for data with images; shuffle the data set before, or rely on the sampler",
 }
 
@@ -39,6 +44,19 @@ class LatentSFTConfig(SFTConfig):
     latent_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight (lambda) of the latent loss. 0 trains the cross entropy alone."}
     )
+    loss_average: str = field(
+        default="batch",
+        metadata={
+            "help": "'batch': means over each micro-batch, all micro-batches weigh the same (as published); 'token': "
+            "sums over the optimizer step, divided by its counts over all micro-batches and processes."
+        },
+    )
+    vision_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower; default: learning_rate."}
+    )
+    merger_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the merger after the vision tower; default: learning_rate."}
+    )
     latent_form: str = field(
         default="chain",
         metadata={"help": "'chain': concepts between the markers (DWAL); 'slots': k fixed slots; 'none': no span."},
@@ -53,6 +71,14 @@ class LatentSFTConfig(SFTConfig):
     latent_exposure_prob: float = field(default=1.0, metadata={"help": "Share of rows fed their own hidden states."})
     latent_exposure_passes: int = field(
         default=1, metadata={"help": "Passes without gradient; after n of them the first n latents are exact."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "'true': the newest complete checkpoint; 'auto': the same if there is one; or a folder."},
+    )
+    stop_on_nan: bool = field(
+        default=True,
+        metadata={"help": "Stop, with the records named, before a loss or gradient that is not finite is applied."},
     )
     max_bad_share: float = field(
         default=DEFAULT_MAX_BAD_SHARE, metadata={"help": "The run stops when more than this share of records is bad."}
@@ -87,12 +113,30 @@ class LatentSFTConfig(SFTConfig):
         default=None, metadata={"help": "Refused unless None: cutting a sequence would split image tokens or a span."}
     )
     pad_to_multiple_of: int | None = field(default=8, metadata={"help": "Batches are padded to a multiple of this."})
+    enable_dynamic_batch: bool = field(
+        default=False,
+        metadata={"help": "Batches of a bounded number of tokens, in place of per_device_train_batch_size samples."},
+    )
+    dynamic_batch_token_cap: int = field(
+        default=8192, metadata={"help": "Most tokens of a batch: samples times longest length, padding included."}
+    )
+    dynamic_batch_max_bs: int = field(default=16, metadata={"help": "Most samples of a batch."})
+    dynamic_batch_plan: str = field(
+        default="balanced",
+        metadata={"help": "'balanced': equal work for every rank; 'reference': as published, needs max_steps."},
+    )
+    lengths_path: str | None = field(
+        default=None, metadata={"help": "File of examples/precompute_lengths.py; default: counted before training."}
+    )
 
     def __post_init__(self) -> None:
         self._check_latent_fields()
         self._check_refused()
+        check_precision(self)
         super().__post_init__()
         self.remove_unused_columns = False
+        self._check_processes()
+        check_dynamic_options(self)
 
     def _check_latent_fields(self) -> None:
         check_layout(self.latent_form, self.num_slots, self.pad_to_multiple_of)
@@ -102,8 +146,24 @@ class LatentSFTConfig(SFTConfig):
             raise ValueError(
                 f"max_bad_share={self.max_bad_share!r} must be between 0 and 1; 0.01 allows one bad row in a hundred"
             )
+        if not isinstance(self.stop_on_nan, bool):
+            raise ValueError(f"stop_on_nan={self.stop_on_nan!r} must be true or false")
+        if self.loss_average not in LOSS_AVERAGES:
+            raise ValueError(f"loss_average={self.loss_average!r} is unknown; choose one of {list(LOSS_AVERAGES)}")
+        for name in ("vision_lr", "merger_lr"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value, 0, math.inf) and value > 0):
+                raise ValueError(f"{name}={value!r} must be above 0; to keep that part as it is, freeze it")
         self.dwal_options()
         self.exposure()
+
+    def _check_processes(self) -> None:
+        """Every process reads its own share: sent out by one, batches would be joined first, whatever their shapes."""
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config dispatch_batches=True joins batches of different lengths; leave it out"
+            )
+        self.accelerator_config.dispatch_batches = False
 
     def exposure(self) -> LatentExposure:
         """The `latent_exposure*` fields."""

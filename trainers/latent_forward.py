@@ -4,7 +4,7 @@ TRL replaces `model.forward` on the instance and, in training, calls the backbon
 with the LM head in chunks. [`add_latent_loss`] wraps that forward once more. During the call a hook on the backbone
 hands the supervised hidden states on (only those meet the LM head, on every device) and keeps all of them for the
 latent loss, which is computed inside the same forward, so that DDP, ZeRO and FSDP see every parameter where they
-expect it.
+expect it. Which rows those are is found before the backbone runs: behind it, the host would wait for all of it.
 """
 
 import functools
@@ -19,12 +19,20 @@ import torch
 import trl
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, maybe_gather_lm_head_ctx
 
 from .exposure import LatentExposure
 
 _TRL_PARAMETERS = {"fused_lm_head", "labels", "shift_labels"}
+# What TRL's fused head knows of scaled and capped logits: entry of the text configuration, and its value for none.
+_LOGIT_TRANSFORMS = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "output_multiplier": 1.0,
+    "lm_head_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
 
 
 @dataclass
@@ -35,22 +43,33 @@ class LatentLoss:
         loss: 0-dim tensor with its graph, not yet weighted.
         sums: name to `(numerator, denominator)`, 0-dim tensors without gradient, for metrics that add up over
             micro-batches and ranks.
+        count: 0-dim tensor, the number of terms that `loss` is the mean of (0 when there are none, then `loss` is 0),
+            so that `loss * count` adds up over micro-batches and ranks; `None` when `loss` is no mean.
     """
 
     loss: torch.Tensor
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    count: torch.Tensor | None = None
 
 
 class LatentObjective(Protocol):
     """What a method computes in the forward; it holds options, no parameters.
 
-    `sum_names` are the keys of [`LatentLoss.sums`], the same in every batch.
+    A step calls `ce_labels`, `fed_positions` and `loss`, in this order and with the same `input_ids`. `sum_names` are
+    the keys of [`LatentLoss.sums`], the same in every batch.
     """
 
     sum_names: tuple[str, ...]
 
     def ce_labels(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:
         """Labels `(batch, length)` for the cross-entropy term."""
+        ...
+
+    def count_terms(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:
+        """`(2,)`: labels of the cross entropy and `LatentLoss.count` of a batch before it is run.
+
+        Called, with `loss_average="token"` only, for all micro-batches of a step before the first of them runs.
+        """
         ...
 
     def fed_positions(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
@@ -67,12 +86,14 @@ class LatentFusedOutput(FusedCausalLMOutput):
     """TRL's fused output with the latent loss.
 
     Args:
-        latent_loss: 0-dim, unweighted.
-        latent_sums: `(metrics, 2)` numerators and denominators, in the order of the objective's `sums`.
+        latent_loss: 0-dim, unweighted; `None` when the latent loss is switched off.
+        latent_sums: `(metrics, 2)` numerators and denominators, in the order of the objective's `sums`, or `None`.
+        latent_count: 0-dim, the number of terms that `latent_loss` is the mean of, or `None`.
     """
 
     latent_loss: torch.Tensor | None = None
     latent_sums: torch.Tensor | None = None
+    latent_count: torch.Tensor | None = None
 
 
 def check_trl_fused_head() -> None:
@@ -90,8 +111,28 @@ def check_trl_fused_head() -> None:
         )
 
 
+def check_plain_logits(config: PreTrainedConfig) -> None:
+    """Refuse a model that scales or caps its logits, for losses that multiply the LM head themselves.
+
+    Raises:
+        ValueError: names the entry of the configuration and its value.
+    """
+    text = config.get_text_config()
+    for name, plain in _LOGIT_TRANSFORMS.items():
+        value = getattr(text, name, None)
+        if value is not None and value != plain:
+            raise ValueError(
+                f"{name}={value!r} in the configuration of {config.model_type}: the latent loss reads plain logits "
+                "(hidden states times the LM head) and would train other ones; use a model without it, or set "
+                "latent_loss_weight: 0"
+            )
+
+
 def add_latent_loss(
-    model: PreTrainedModel, objective: LatentObjective, exposure: LatentExposure | None = None
+    model: PreTrainedModel,
+    objective: LatentObjective,
+    exposure: LatentExposure | None = None,
+    with_loss: bool = True,
 ) -> None:
     """Wrap the instance's forward (already wrapped by TRL) so that it also returns the objective's loss.
 
@@ -99,6 +140,8 @@ def add_latent_loss(
         model: the unwrapped head class whose `forward` TRL replaced; with PEFT the base model inside.
         objective: the method's loss.
         exposure: what is fed at latent positions; default: the tokens.
+        with_loss: `False` computes no latent loss at all (`latent_loss_weight: 0`); the labels of the cross entropy
+            and the exposure stay those of the method.
 
     Raises:
         RuntimeError: TRL's fused head is absent or has another form.
@@ -120,19 +163,23 @@ def add_latent_loss(
         if not fused_lm_head:
             return fused_forward(*args, **({} if labels is None else {"labels": labels}), **kwargs)
         kept: dict[str, torch.Tensor] = {}
+        index, targets = _supervised(objective.ce_labels(kwargs["input_ids"], labels))
         kwargs.update(exposure.inputs(self, objective.fed_positions(kwargs["input_ids"]), kwargs))
-        targets = objective.ce_labels(kwargs["input_ids"], labels)[:, 1:]
-        hook = self.base_model.register_forward_hook(_keep_supervised(kept, targets), with_kwargs=False)
+        hook = self.base_model.register_forward_hook(_keep_supervised(kept, index), with_kwargs=False)
         try:
-            output = fused_forward(*args, fused_lm_head=True, shift_labels=_supervised_labels(targets), **kwargs)
+            output = fused_forward(*args, fused_lm_head=True, shift_labels=targets, **kwargs)
         finally:
             hook.remove()
+        fields = {name: output[name] for name in output.keys()}
+        if not with_loss:
+            return LatentFusedOutput(**fields)
         latent = objective.loss(self, kept["hidden_states"], {**kwargs, "labels": labels})
         sums = [torch.stack([value.detach().float() for value in pair]) for pair in latent.sums.values()]
         return LatentFusedOutput(
-            **{name: output[name] for name in output.keys()},
+            **fields,
             latent_loss=latent.loss,
             latent_sums=torch.stack(sums) if sums else torch.zeros(0, 2, device=latent.loss.device),
+            latent_count=latent.count,
         )
 
     model.forward = types.MethodType(forward, model)
@@ -149,18 +196,20 @@ def gathered_lm_head(model: PreTrainedModel) -> Iterator[tuple[torch.Tensor, tor
         yield weight, bias
 
 
-def _supervised_labels(targets: torch.LongTensor) -> torch.LongTensor:
-    """Labels of the supervised rows, `(1, N)`; one ignored row when there is none keeps the graph connected."""
-    rows = targets[targets != -100]
-    return (rows if rows.numel() else targets.new_full((1,), -100)).unsqueeze(0)
+def _supervised(labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Places in `(batch * length)` that predict a label, `(N,)`, and those labels `(1, N)`; one ignored place when
+    there is none keeps the graph connected. The one wait for the device here."""
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    index = (targets != -100).nonzero()[:, 0]
+    index = index if index.numel() else index.new_zeros(1)
+    return index, targets[index].unsqueeze(0)
 
 
-def _keep_supervised(kept: dict[str, torch.Tensor], targets: torch.LongTensor) -> Callable:
+def _keep_supervised(kept: dict[str, torch.Tensor], index: torch.LongTensor) -> Callable:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output.last_hidden_state
         kept["hidden_states"] = hidden
-        rows = hidden[:, :-1][targets != -100]
-        output.last_hidden_state = (rows if rows.shape[0] else hidden[0, :1]).unsqueeze(0)
+        output.last_hidden_state = hidden.flatten(0, 1).index_select(0, index.to(hidden.device)).unsqueeze(0)
         return output
 
     return hook

@@ -6,23 +6,30 @@ import torch
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from .checkpoints import accept_saved_names
+from .adapters import save_latent_settings
+from .checkpoints import FaultTolerantTrainer
 from .collators import LatentSFTCollator
 from .configs import LatentSFTConfig
 from .data.records import RECORD_FIELDS
+from .distributed import DistributedMixin, check_token_average, drop_unused_renamings
+from .dynamic_loader import DynamicBatchTrainer
+from .fault_tolerance import check_model_precision
 from .latent_forward import LatentFusedOutput, add_latent_loss
 from .objectives import build_objective
+from .optimizer_groups import optimizer_groups, with_optimizer_groups
+from .tensor_names import accept_saved_names
 
 
-class LatentSFTTrainer(SFTTrainer):
+class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMixin, SFTTrainer):
     """Supervised training of latent reasoning, for every method that has an objective (`trainers/objectives.py`).
 
     Total loss = cross entropy + `latent_loss_weight` * latent loss, both means over the micro-batch, as in the
-    published LASER code. Only supervised positions meet the LM head. PEFT, DDP, ZeRO and gradient accumulation work as
-    in TRL.
+    published LASER code, or with `loss_average="token"` over the whole optimizer step. Only supervised positions meet
+    the LM head. PEFT, DDP, ZeRO and gradient accumulation work as in TRL.
 
     Logged: `loss_total`, `loss_ce`, `loss_latent` (means over the micro-batches since the last log, over all ranks)
     and the objective's ratios (sums of numerators over sums of denominators), each with prefix `eval_` in evaluation.
+    With `latent_loss_weight=0` the latent loss is not computed, and nothing of it is logged.
 
     Args:
         model: a latent model, a folder or a Hub id of one.
@@ -74,14 +81,18 @@ class LatentSFTTrainer(SFTTrainer):
             **kwargs,
         )
         base = self.accelerator.unwrap_model(self.model)
-        if hasattr(base, "get_base_model"):
-            base = base.get_base_model()
-        else:  # PEFT resumes from its adapter files
+        is_peft = hasattr(base, "get_base_model")
+        base = base.get_base_model() if is_peft else base
+        drop_unused_renamings(base)
+        if not is_peft:  # PEFT resumes from its adapter files
             accept_saved_names(base)
         self.objective = build_objective(args, base.config)
+        check_token_average(args.loss_average, self.objective)
+        optimizer_groups(self.model, args)  # refuses a learning rate for a part that is not trained
         _check_token_ids(base.config, processing_class)
+        check_model_precision(self.model, self.args, self.is_deepspeed_enabled)
         self._latent_totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
-        add_latent_loss(base, self.objective, args.exposure())
+        add_latent_loss(base, self.objective, args.exposure(), with_loss=args.latent_loss_weight > 0)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -89,27 +100,42 @@ class LatentSFTTrainer(SFTTrainer):
         kept: list[LatentFusedOutput] = []
         hook = model.register_forward_hook(lambda module, args, output: kept.append(output))
         try:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            result = super().compute_loss(model, inputs, return_outputs)
         finally:
             hook.remove()
         ce, output = (result[0] if return_outputs else result), kept[0]
-        # With a number of items the terms are parts of a sum over the accumulation steps, else means of their own.
-        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        loss = ce
-        if self.args.latent_loss_weight > 0:
-            loss = ce + self.args.latent_loss_weight * output.latent_loss / steps
-        self._add_totals(loss.detach() * steps, ce.detach() * steps, output.latent_loss.detach(), output.latent_sums)
+        ce_factor, latent_factor = self.loss_factors(output.label_mask.sum(), output.latent_count)
+        loss = ce = ce * ce_factor
+        latent = None if output.latent_loss is None else output.latent_loss * latent_factor
+        if latent is not None:
+            loss = ce + self.args.latent_loss_weight * latent
+        if self.model.training:
+            self.watch_losses(ce, torch.zeros_like(ce) if latent is None else latent)
+        self._add_totals(loss.detach(), ce.detach(), latent, output)
         return (loss, result[1]) if return_outputs else loss
 
-    def _add_totals(self, total: torch.Tensor, ce: torch.Tensor, latent: torch.Tensor, sums: torch.Tensor) -> None:
+    def _add_totals(
+        self, total: torch.Tensor, ce: torch.Tensor, latent: torch.Tensor | None, output: LatentFusedOutput
+    ) -> None:
         """Add numerators and denominators of one micro-batch; nothing is synchronised here."""
         one = torch.ones_like(total)
-        pairs = {"loss_total": (total, one), "loss_ce": (ce, one), "loss_latent": (latent, one)}
-        pairs.update(zip(self.objective.sum_names, sums.unbind(0), strict=True))
+        pairs: dict[str, Any] = {"loss_total": (total, one), "loss_ce": (ce, one)}
+        if latent is not None:
+            pairs["loss_latent"] = (latent.detach(), one)
+            pairs.update(zip(self.objective.sum_names, output.latent_sums.unbind(0), strict=True))
         totals = self._latent_totals["train" if self.model.training else "eval"]
         for name, pair in pairs.items():
             value = torch.stack([part.float() for part in pair]) if isinstance(pair, tuple) else pair
+            value = value * self.batch_weight
             totals[name] = totals[name] + value if name in totals else value
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: LatentSFTConfig, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        return with_optimizer_groups(*SFTTrainer.get_optimizer_cls_and_kwargs(args, model), args, model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_latent_settings(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

@@ -35,10 +35,19 @@ DATA: dict[str, Callable[[], Any]] = {
 }
 
 
+def let_deepspeed_use_gloo() -> None:
+    """Without this DeepSpeed first compiles an operator for shared memory, which only its inference calls."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def build_run(
     folder: Path, data: str = "table", model: Any = None, family: str = DEFAULT_FAMILY, **options: Any
 ) -> LatentSFTTrainer:
     """A short run whose every random part counts: sampler, scheduler, accumulation, momenta, exposure."""
+    if "deepspeed" in options:
+        let_deepspeed_use_gloo()
     given = {name: options.pop(name) for name in ("callbacks", "eval_dataset", "peft_config") if name in options}
     fixed = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "disable_tqdm": True, "report_to": "none"}
     shape = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS}

@@ -1,10 +1,13 @@
 """The wrapped forward: which rows meet the LM head, what it returns, and that it leaves everything else alone."""
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trl.trainer.utils
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
 import trainers.latent_forward
@@ -12,9 +15,15 @@ import trainers.objectives
 from modeling_latent import LatentQwen2_5_VLForConditionalGeneration
 from tests.latent import tiny_latent_model
 from tests.tiny import tiny_images, tiny_processor
-from trainers import LatentSFTCollator, LatentSFTConfig
-from trainers.data.records import make_record
-from trainers.latent_forward import LatentFusedOutput, LatentLoss, add_latent_loss, gathered_lm_head
+from trainers import LatentSFTCollator, LatentSFTConfig, LatentSFTTrainer
+from trainers.data.records import make_record, records_to_dataset
+from trainers.latent_forward import (
+    LatentFusedOutput,
+    LatentLoss,
+    add_latent_loss,
+    check_plain_logits,
+    gathered_lm_head,
+)
 from trainers.objectives import OBJECTIVES, build_objective, register_objective
 
 
@@ -38,7 +47,7 @@ def wrapped(
     model = tiny_latent_model(latent_method="laser", tie_word_embeddings=tie).train()
     args = LatentSFTConfig(output_dir="unused", use_cpu=True, bf16=False, **(config_options or {}))
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    add_latent_loss(model, build_objective(args, model.config))
+    add_latent_loss(model, build_objective(args, model.config), with_loss=args.latent_loss_weight > 0)
     return model
 
 
@@ -90,6 +99,93 @@ def test_only_supervised_rows_meet_the_head(seen: dict[str, list[int]]) -> None:
     lengths = [len(run) for row in inside for run in "".join(map(str, row.int().tolist())).split("0") if run]
     assert len(lengths) == 4
     assert output.latent_sums[:, 1].tolist() == [sum(length - 1 for length in lengths)] * 2
+
+
+@pytest.mark.parametrize("exposure", ["text", "own"])
+def test_the_rows_are_found_once(exposure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the ids of a batch are changed in place before the next call."""
+    model, inputs = tiny_latent_model(latent_method="laser").train(), batch()
+    args = LatentSFTConfig(output_dir="unused", use_cpu=True, bf16=False, latent_exposure=exposure)
+    objective = build_objective(args, model.config)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_latent_loss(model, objective, args.exposure())
+    calls: list[int] = []
+    find = trainers.objectives.find_latent_rows
+    monkeypatch.setattr(trainers.objectives, "find_latent_rows", lambda *a: calls.append(1) or find(*a))
+    first = model(**inputs, fused_lm_head=True)
+    assert len(calls) == 1 and objective._found is None
+    assert int(first.latent_count) == int(spans(inputs, model).sum())
+    inputs["input_ids"].masked_fill_(inputs["input_ids"] == model.config.latent_start_token_id, 5)
+    assert int(model(**inputs, fused_lm_head=True).latent_count) == 0 and len(calls) == 2
+
+
+class OrderOfOps(TorchDispatchMode):
+    """Names of the operations, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_from_the_device_behind_the_backbone() -> None:
+    """What shapes depend on is read before the first product: later, the host would wait for the whole backbone."""
+    text = [make_record(str(i), "Is the path safe?", "Yes", chain=["No", "A dog"][i:]) for i in range(2)]
+    inputs, model = LatentSFTCollator(tiny_processor())(text), wrapped()
+    reads = ("nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "bincount")
+    with OrderOfOps() as backbone:
+        model.base_model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+    with OrderOfOps() as ops:
+        output = model(**inputs, fused_lm_head=True)
+        (output.latent_loss - output.log_probs.sum()).backward()
+    product = min(ops.names.index(name) for name in ("mm", "addmm") if name in ops.names)
+    found = Counter(name for name in ops.names[:product] if name in reads)
+    found -= Counter(name for name in backbone.names if name in reads)
+    assert found == {"nonzero": 2, "_local_scalar_dense": 1}  # rows and labels, longest window
+    assert not set(ops.names[product:]) & set(reads)
+
+
+def test_without_a_latent_loss_none_is_computed(
+    seen: dict[str, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weight 0: labels as before, every parameter gets its gradient, and nothing of the latent loss is logged."""
+    inputs, model, whole = batch(), wrapped({"latent_loss_weight": 0.0}), wrapped()
+    output, expected = model(**inputs, fused_lm_head=True), whole(**inputs, fused_lm_head=True)
+    assert output.latent_loss is output.latent_sums is output.latent_count is None
+    assert torch.equal(output.log_probs, expected.log_probs) and len(seen["ce"]) == 2 and len(seen["latent"]) == 1
+    output.log_probs.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    records = [make_record(str(i), "Is the path safe?", "Yes", chain=["No", "Yes"]) for i in range(2)]
+    args = LatentSFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, logging_steps=1,
+        latent_loss_weight=0.0, activation_checkpointing=False,
+    )  # fmt: skip
+    trainer = LatentSFTTrainer(
+        tiny_latent_model(latent_method="laser"), args, records_to_dataset(records), processing_class=tiny_processor()
+    )
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {"loss_total", "loss_ce"} <= logged
+    assert not {"loss_latent", "confused_ratio", "last_concept_ratio"} & logged and len(seen["latent"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("final_logit_softcapping", 30.0), ("logit_scale", 0.5), ("logits_scaling", 8.0), ("lm_head_multiplier", 0.1)],
+)
+def test_scaled_and_capped_logits_are_refused(name: str, value: float) -> None:
+    model = tiny_latent_model(latent_method="laser")
+    options = {"output_dir": "unused", "use_cpu": True, "bf16": False}
+    check_plain_logits(model.config)
+    setattr(model.config.get_text_config(), name, value)
+    with pytest.raises(ValueError, match=rf"{name}={value} in the configuration of .* latent_loss_weight: 0"):
+        build_objective(LatentSFTConfig(**options), model.config)
+    build_objective(LatentSFTConfig(**options, latent_loss_weight=0.0), model.config)
+    setattr(model.config.get_text_config(), name, None if name == "final_logit_softcapping" else 1.0)
+    build_objective(LatentSFTConfig(**options), model.config)
 
 
 @pytest.mark.parametrize("case", ["no label outside the spans", "no span", "nothing"])

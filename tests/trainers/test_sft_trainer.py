@@ -206,24 +206,6 @@ def test_options_of_the_config_change_the_loss_as_the_loss_function_says(
     assert not torch.isclose(latent, default.model(**inputs, fused_lm_head=True).latent_loss)
 
 
-def test_a_number_of_items_scales_both_terms(processor: LatentProcessor, tmp_path: Path) -> None:
-    trainer = build(tmp_path, processor, records_to_dataset(scenes()), gradient_accumulation_steps=4)
-    inputs = trainer.data_collator(scenes())
-    trainer.current_gradient_accumulation_steps = 4
-    with torch.no_grad():
-        naive = naive_losses(laser_model(), inputs)
-    labels = trainer.objective.ce_labels(inputs["input_ids"], inputs["labels"])[:, 1:]
-    items = 4 * int((labels != -100).sum())  # four micro-batches like this one
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(items))
-    torch.testing.assert_close(loss, (naive["ce"] + naive["latent"]) / 4)
-    trainer.log({})
-    entry = trainer.state.log_history[-1]
-    assert entry["loss_ce"] == pytest.approx(float(naive["ce"]), rel=1e-5)
-    assert entry["loss_latent"] == pytest.approx(float(naive["latent"]), rel=1e-5)
-    assert entry["loss_total"] == pytest.approx(float(naive["ce"] + naive["latent"]), rel=1e-5)
-
-
 def test_return_outputs_gives_logits(processor: LatentProcessor, tmp_path: Path) -> None:
     trainer = build(tmp_path, processor, records_to_dataset(scenes()))
     inputs = trainer.data_collator(scenes())

@@ -171,19 +171,27 @@ class DwalRows:
         return states[self.batch_index, self.position - 1]
 
 
-def find_latent_rows(input_ids: torch.Tensor, start_id: int, end_id: int, window_size: int | None = None) -> DwalRows:
+def find_latent_rows(
+    input_ids: torch.Tensor,
+    start_id: int,
+    end_id: int,
+    window_size: int | None = None,
+    slot_id: int | None = None,
+) -> DwalRows:
     """Find the rows that DWAL trains, from the markers in a batch (method card, section 4.1).
 
     Markers count from position 1 on. In each sequence the i-th start is paired with the i-th end, surplus ones are
     ignored. A pair `(s, e)` covers `s + 1 ... e - 1`; covered positions that do not hold an end marker are rows. A
     window runs from its row to the next end marker, which it never contains. The sizes `N` and (dynamic windows only)
-    `K` depend on the data, so on an accelerator this synchronises once or twice; the losses do not.
+    `K` depend on the data, so on an accelerator this synchronises once or twice: call it once a step, before the
+    model runs. The losses do not synchronise.
 
     Args:
         input_ids (`torch.Tensor` of shape `(B, S)`): Token ids, padded on either side.
         start_id (`int`): Id of the start marker.
         end_id (`int`): Id of the end marker.
         window_size (`int`, *optional*): Columns `K` of the windows. `None`: one more than the longest window.
+        slot_id (`int`, *optional*): Id of slots without a concept; covered positions that hold it are no rows.
 
     Raises:
         ValueError: If `input_ids` is not a 2-D integer tensor, the two markers are equal or `window_size` is below 1.
@@ -213,7 +221,10 @@ def find_latent_rows(input_ids: torch.Tensor, start_id: int, end_id: int, window
     last_start = place.masked_fill(~starts, 0).cummax(1).values
     # A row holds no end marker, so "at or after" equals "after" for it; a start marker can itself be a row.
     previous_start = F.pad(last_start, (1, 0))[:, :length]
-    batch_index, position = (region_mask & (input_ids != end_id)).nonzero(as_tuple=True)
+    is_row = region_mask & (input_ids != end_id)
+    if slot_id is not None:
+        is_row = is_row & (input_ids != slot_id)
+    batch_index, position = is_row.nonzero(as_tuple=True)
     remaining = next_end[batch_index, position] - position
     columns = window_size
     if columns is None:
@@ -310,6 +321,17 @@ def _prepare(rows: DwalRows, states: torch.Tensor, name: str, options: DwalOptio
     per_example = terms.new_zeros(rows.region_mask.shape[0]).index_add_(0, rows.batch_index, terms)
     weight = weight / per_example[rows.batch_index]
     return _Windows(ids, mask, last_column, weight), (per_example > 0).sum()
+
+
+def count_terms(rows: DwalRows, options: DwalOptions) -> torch.Tensor:
+    """`DwalLossOutput.dwal_count` of a batch before it is run, 0-dim: rows, window entries (`mse`) or sequences."""
+    mask = rows.window_mask
+    if options.deduplicate_window:
+        mask = mask & ~_repeats(rows.window_ids)
+    terms = mask.sum(1) if options.loss_type == "mse" else torch.ones_like(rows.position)
+    if options.row_average == "flat":
+        return terms.sum()
+    return (terms.new_zeros(rows.region_mask.shape[0]).index_add_(0, rows.batch_index, terms) > 0).sum()
 
 
 def _repeats(ids: torch.Tensor) -> torch.Tensor:

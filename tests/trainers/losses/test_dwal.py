@@ -568,6 +568,44 @@ def test_low_precision(how: str, loss_type: str) -> None:
         assert error <= max(1.2 * stock_error, 1e-3)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)])
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_low_precision_adds_up_in_float32(dtype: torch.dtype, tolerance: float, how: str) -> None:
+    """Against float32: loss to 1e-3, gradients to `tolerance` in norm (two roundings), and no loss from many chunks.
+
+    Adding 100 chunks up in bfloat16 (8 bits) would lose the small ones: an error of some per cent.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(6, 512, (4, 202), generator=generator)
+    ids[:, 1], ids[:, 201] = START, END
+    rows, options = find_latent_rows(ids, START, END, window_size=12), DwalOptions(window_size=12)
+    shapes = [(len(rows), 64), (512, 64), (512,)]
+    exact = [torch.randn(s, generator=generator).mul_(0.3).requires_grad_() for s in shapes]
+    want = fused_dwal_loss(*exact, rows, options)
+    wanted = gradients(want.loss, exact)
+    tensors = [t.detach().to(torch.float32 if how == "autocast" else dtype).requires_grad_() for t in exact]
+    found = {}
+    for chunk_size in (8, 1000):
+        with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
+            loss = fused_dwal_loss(*tensors, rows, options, chunk_size=chunk_size).loss
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, want.loss, rtol=1e-3, atol=0)
+        found[chunk_size] = gradients(loss, tensors)
+        for got, grad in zip(found[chunk_size], wanted, strict=True):
+            assert (got.float() - grad).norm() <= tolerance * grad.norm()
+    assert len(rows) == 796
+    one_rounding = torch.finfo(dtype).eps if how == "weights" else 1e-5
+    for many, one in zip(found[8], found[1000], strict=True):
+        assert (many.float() - one.float()).norm() <= one_rounding * one.float().norm()
+
+
+def test_slots_without_a_concept_are_no_rows() -> None:
+    ids = torch.tensor([[9, START, 7, 7, END, 8], [START, 9, START, 10, 7, END]])
+    rows = find_latent_rows(ids, START, END, slot_id=7)
+    assert list(zip(rows.batch_index.tolist(), rows.position.tolist(), strict=True)) == [(1, 3)]
+    assert torch.equal(rows.region_mask, find_latent_rows(ids, START, END).region_mask)
+
+
 def test_autocast_leaves_float64_alone() -> None:
     rows = find_latent_rows(random_ids(4, 25, seed=3), START, END)
     tensors = head_case(len(rows))

@@ -1,0 +1,29 @@
+"""Training data of the tests in this folder."""
+
+from typing import Any
+
+from trainers.data.mazes import maze_dataset, maze_stream
+from trainers.data.records import make_record, records_to_dataset
+
+STREAM_LENGTH = 7
+
+
+def text_records(n: int) -> list[dict[str, Any]]:
+    """Records without an image, with chains of one to three concepts."""
+    chains = [["x"], ["map", "hole"], ["Street", "dog", "dog"]]
+    return [make_record(f"t{i}", "What is it?" * (i + 1), "No", chain=chains[i % 3]) for i in range(n)]
+
+
+def train_data(kind: str) -> Any:
+    """Training data; the examples differ in length, images and number of concepts."""
+    if kind == "stream":
+        return maze_stream(seed=1, num=STREAM_LENGTH, num_shards=2, sizes=(3, 4))
+    mazes = maze_dataset(12, seed=3, sizes=(3, 4, 5))
+    if kind == "mazes":
+        return mazes
+    texts = records_to_dataset(text_records(4))
+    if kind == "text beside images":  # the second of two processes never sees an image
+        rows = [row for pair in zip(mazes, texts, strict=False) for row in pair]
+    else:
+        rows = [mazes[0], texts[0], mazes[1], mazes[2], texts[1], mazes[3], mazes[4], texts[2]]
+    return type(mazes).from_list(rows, features=mazes.features)

@@ -1,0 +1,179 @@
+"""What each process of the tests in this folder runs: short trainings, their logs and parameters written to files.
+
+    torchrun --standalone --nproc_per_node 2 tests/distributed/worker.py FOLDER adamw own fsdp2
+    accelerate launch --config_file hub_configs/accelerate/cpu_zero3.yaml tests/distributed/worker.py FOLDER adamw
+
+Models are read from beside FOLDER ([`save_bases`]). The test calls [`run`] itself for the numbers of one process. Each
+run sees the same micro-batches in the same order, whatever the number of processes: batch `i` goes to process
+`i % processes`, and the accumulation steps make up for it.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText
+
+from examples import train_laser
+from tests.distributed import fsdp2
+from tests.distributed.data import train_data
+from tests.latent import tiny_latent_model
+from tests.tiny import tiny_processor
+from tests.trainers.killed_runs import let_deepspeed_use_gloo
+from trainers import LatentSFTConfig, LatentSFTTrainer
+from trainers.data.mazes import maze_dataset
+
+MICRO_BATCHES = 4  # in one optimizer step, over all processes
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training: its data, its model and the options of its config that differ from `OPTIONS`."""
+
+    data: str = "mazes"
+    tied: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+OPTIONS = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 2,
+    "max_steps": 2,
+    "learning_rate": 0.02,
+    "optim": "sgd",
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "linear",
+    "train_sampling_strategy": "sequential",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "disable_tqdm": True,
+}
+ADAMW = {"optim": "adamw_torch", "learning_rate": 2e-3, "adam_epsilon": 1e-6, "max_steps": 3}
+CHECKPOINTING = {"activation_checkpointing": True}  # as in the recipes of the large models
+RUNS = {
+    "adamw": Run(options={**ADAMW, "vision_lr": 5e-4, "merger_lr": 1e-3}),
+    "own": Run(tied=True, options={"latent_exposure": "own", "latent_exposure_passes": 2, **CHECKPOINTING}),
+    "token": Run(data="mixed", options={"loss_average": "token"}),
+    "text on one process": Run(data="text beside images", options=CHECKPOINTING),
+    # All batches of the epoch in one step: how they are planned, for one process or two, must not matter.
+    "dynamic": Run(
+        tied=True,
+        options={
+            "loss_average": "token",
+            "enable_dynamic_batch": True,
+            "dynamic_batch_token_cap": 256,
+            "train_sampling_strategy": "random",
+            "gradient_accumulation_steps": 64,
+            "max_steps": 1,
+        },
+    ),
+    "stream": Run(data="stream", options={"max_steps": 5, "gradient_accumulation_steps": 1}),
+}
+
+
+class Recorder(LatentSFTTrainer):
+    """Keeps the token ids of each training batch of this process."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.seen = [*getattr(self, "seen", []), inputs["input_ids"].tolist()]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def save_bases(folder: Path) -> None:
+    """Write the models that all runs start from; the head is sharp, so that some windows are confused and some not."""
+    generation = {"latent_strategy": "dynamic", "max_latent_steps": 3}
+    for name, tied in (("untied", False), ("tied", True)):
+        model = tiny_latent_model(tie_word_embeddings=tied, latent_method="laser", latent_generation=generation)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(8.0)
+        model.save_pretrained(folder / name)
+
+
+def build_trainer(name: str, folder: Path, processes: int) -> Recorder:
+    """The trainer of a run. As in a script, the config comes first: under ZeRO-3 a model is loaded in shards then."""
+    spec = RUNS[name]
+    steps = {"gradient_accumulation_steps": MICRO_BATCHES // processes}
+    args = LatentSFTConfig(output_dir=str(folder / name), **{**OPTIONS, **steps, **spec.options})
+    base = folder.parent / ("tied" if spec.tied else "untied")
+    return Recorder(
+        model=AutoModelForImageTextToText.from_pretrained(base),
+        args=args,
+        train_dataset=train_data(spec.data),
+        eval_dataset=maze_dataset(5, seed=4, split="validation", sizes=(3, 4)),
+        processing_class=tiny_processor(),
+    )
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Whole parameters on every process, also under ZeRO-3."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def run(name: str, folder: Path, processes: int = 1) -> dict[str, Any]:
+    """Train, evaluate, save; write what happened to `<name>-<process>.json` and return it."""
+    trainer = build_trainer(name, folder, processes)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model(folder / name)
+    state = trainer.accelerator.state
+    result = {
+        "distributed_type": state.distributed_type.value,
+        "num_processes": state.num_processes,
+        "zero_stage": state.deepspeed_plugin.zero_stage if state.deepspeed_plugin else None,
+        "log": trainer.state.log_history,
+        "seen": trainer.seen,
+        "optimizer": type(trainer.optimizer.optimizer).__name__,
+        "groups": [
+            {key: group[key] for key in ("name", "lr", "initial_lr", "weight_decay")}
+            for group in trainer.optimizer.param_groups
+        ],
+    }
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with gathered(list(model.parameters())):
+        trained = {key: value.detach().clone().contiguous() for key, value in model.named_parameters()}
+    if trainer.accelerator.is_main_process:
+        save_file(trained, folder / f"{name}.safetensors")
+    (folder / f"{name}-{state.process_index}.json").write_text(json.dumps(result))
+    return result
+
+
+def run_script(folder: Path) -> None:
+    """The example script, as a user starts it: a stock checkpoint is made latent, trained for a step and saved."""
+    small = ["--per_device_train_batch_size", "1", "--max_steps", "1", "--num_eval_mazes", "2", "--warmup_steps", "0"]
+    sys.argv = ["examples/train_laser.py", *small, "--report_to", "none", "--output_dir", str(folder / "script")]
+    train_laser.main()
+
+
+def main(folder: str, *names: str) -> None:
+    """The runs, one after the other, in this process of several."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        let_deepspeed_use_gloo()
+    for name in names:
+        if name == "fsdp2":
+            fsdp2.compare(Path(folder))
+        elif name == "script":
+            run_script(Path(folder))
+        else:
+            run(name, Path(folder), processes=int(os.environ["WORLD_SIZE"]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

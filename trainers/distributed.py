@@ -1,0 +1,173 @@
+"""Several processes: what makes losses, metrics and the end of an epoch those of one process.
+
+| question | answer here |
+|---|---|
+| what a loss is divided by (`loss_average`) | the count of its micro-batch, or one of the whole optimizer step |
+| a stream that ends on one process first | all processes stop after the same number of batches |
+| an evaluation set that does not divide evenly | repeated rows are taken out of losses and metrics |
+| only text on one process, images on another | a row with a blank image: all processes run the vision tower |
+
+The last point matters where parameters are gathered when a module runs (ZeRO-3, FSDP): a process that skips the tower
+leaves the others waiting for ever.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+LOSS_AVERAGES = ("batch", "token")
+
+
+class DistributedMixin:
+    """Mixin of a trainer with an `objective` ([`LatentObjective`]) and the option `loss_average`."""
+
+    _step_terms: torch.Tensor | None = None
+    batch_weight: float = 1.0  # of a batch in the logged means: 0 for one that only repeats rows
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
+        """The micro-batches of an optimizer step, as many on every process; with `"token"` their terms are counted."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.accelerator.num_processes > 1 and not has_length(self.train_dataset):
+            batches = self._as_many_as_all(batches)
+        self._step_terms = None
+        if self.args.loss_average == "token":
+            terms = torch.zeros(2, dtype=torch.long, device=device)
+            for batch in batches:
+                terms += self.objective.count_terms(batch["input_ids"], batch["labels"])
+            self._step_terms = self.accelerator.reduce(terms, reduction="sum")
+        return batches, None
+
+    def _as_many_as_all(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        count = torch.tensor([len(batches)], device=self.accelerator.device)
+        fewest = int(self.accelerator.gather(count).min())
+        if fewest < len(batches):
+            logger.warning(
+                f"the stream has ended on another process: {len(batches) - fewest} batches of process "
+                f"{self.accelerator.process_index} are left out; shards of equal length, as many as processes times "
+                "loader workers, leave out none"
+            )
+        return batches[:fewest]
+
+    def loss_factors(self, num_labels: torch.Tensor, num_terms: torch.Tensor | None) -> tuple[Any, Any]:
+        """What the means of a micro-batch are multiplied by: factors of the cross entropy and of the latent loss.
+
+        With `"token"` a step's loss becomes the sum of all terms over their global count. The trainer divides by the
+        number of micro-steps and averages gradients over processes; both are undone here. In evaluation every batch
+        weighs the same.
+
+        Args:
+            num_labels, num_terms: labels of the cross entropy and terms of the latent loss (None: there is no such
+                loss) in the micro-batch, 0-dim.
+        """
+        if self._step_terms is None or not self.model.training:
+            return 1.0, 1.0
+        parts = self.accelerator.num_processes * self.current_gradient_accumulation_steps
+        labels, terms = self._step_terms.clamp(min=1).unbind()
+        return num_labels * parts / labels, None if num_terms is None else num_terms * parts / terms
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Without the copies of tied tensors that are made when DeepSpeed and FSDP gather a model."""
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None)
+        if state_dict and tied:
+            state_dict = {name: value for name, value in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if self.accelerator.num_processes > 1 and "pixel_values" not in inputs:
+            inputs = with_blank_image(inputs, self.processing_class, self.model.config)
+        return inputs
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """As the trainer's, without the rows that accelerate repeats to fill the last batches."""
+        rows = real_rows(self.accelerator, inputs["input_ids"].shape[0])
+        self.batch_weight = float(rows > 0)
+        try:
+            inputs = first_rows(inputs, rows, self.processing_class)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self.batch_weight = 1.0
+
+
+def check_token_average(loss_average: str, objective: Any) -> None:
+    """Refuse `"token"` for an objective that cannot count its terms.
+
+    Raises:
+        ValueError: names the objective and what it lacks.
+    """
+    if loss_average == "token" and not hasattr(objective, "count_terms"):
+        raise ValueError(
+            f"loss_average='token' needs {type(objective).__name__}.count_terms(input_ids, labels) "
+            "(trainers/latent_forward.py); add it, or set loss_average: batch"
+        )
+
+
+def drop_unused_renamings(model: PreTrainedModel) -> None:
+    """Forget the renamings of tensors that matched nothing when the checkpoint was read, as a plain load does.
+
+    A load under ZeRO-3 keeps them all; a model would be saved with names (`model.model.*`) that no other tool knows.
+    """
+    renamings = getattr(model, "_weight_conversions", None)
+    if renamings:
+        model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
+
+
+def real_rows(accelerator: Any, batch_size: int) -> int:
+    """How many rows of this process's evaluation batch are no repeats; they come first.
+
+    accelerate fills the last batches with rows from the start: of `processes * batch_size` rows, process after
+    process, the first `remainder` are real.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return batch_size
+    return min(max(state.remainder - accelerator.process_index * batch_size, 0), batch_size)
+
+
+def first_rows(inputs: dict[str, Any], rows: int, processor: Any) -> dict[str, Any]:
+    """The first rows of a batch with their images. With none left, the whole batch without labels: it still runs."""
+    ids = inputs["input_ids"]
+    if rows == len(ids):
+        return inputs
+    if rows == 0:
+        return {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
+    kept = {name: value[:rows] for name, value in inputs.items() if len(value) == len(ids)}
+    if "image_grid_thw" in inputs:
+        grids, pixels = inputs["image_grid_thw"], inputs["pixel_values"]
+        patches = grids.prod(dim=-1)
+        tokens = (kept["input_ids"] == processor.image_token_id).sum()
+        images = int((patches.cumsum(0) <= tokens * processor.image_processor.merge_size**2).sum())
+        kept.update(image_grid_thw=grids[:images], pixel_values=pixels[: int(patches[:images].sum())])
+    return kept
+
+
+def with_blank_image(inputs: dict[str, Any], processor: Any, config: Any) -> dict[str, Any]:
+    """A batch of text with one more row, which has a blank image of one token, no labels and no span."""
+    images, start = processor.image_processor, getattr(config, "vision_start_token_id", None)
+    if start is None or not hasattr(images, "merge_size"):
+        return inputs  # a family whose images are no patches of a tower
+    ids = inputs["input_ids"]
+    row = {name: torch.zeros_like(value[:1]) for name, value in inputs.items() if value.shape[:2] == ids.shape}
+    written = torch.tensor([start, processor.image_token_id, config.vision_end_token_id], device=ids.device)
+    row["input_ids"].fill_(processor.tokenizer.pad_token_id)[0, :3] = written
+    row["labels"].fill_(-100)
+    row["attention_mask"][0, :3] = 1
+    row["mm_token_type_ids"][0, 1] = 1
+    size = images.merge_size
+    width = 3 * images.temporal_patch_size * images.patch_size**2
+    return {
+        **{name: torch.cat([value, row[name]]) if name in row else value for name, value in inputs.items()},
+        "pixel_values": torch.zeros(size**2, width, device=ids.device),
+        "image_grid_thw": torch.tensor([[1, size, size]], device=ids.device),
+    }
