@@ -2,11 +2,11 @@
 (contract C3).
 
 Every row is a small state machine: outside a span it is stock text decoding; inside, the last logits processor forces
-the
-latent token (or the end marker) and the next input is a vector instead of an embedding. The state of a call lives in
-tensors keyed by position, so mixed batches, beams, caches, streamers and assisted decoding keep working.
+the latent token (or the end marker) and the next input is a vector instead of an embedding. The state of a call lives
+in tensors keyed by position, so mixed batches, beams, caches, streamers and assisted decoding keep working.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -79,6 +79,23 @@ class LatentBanProcessor(LogitsProcessor):
         return self.state.suppress(scores)
 
 
+class LatentLogitsProcessorList(LogitsProcessorList):
+    """Stock list that looks once, not at every step, for processors that take more than ids and scores."""
+
+    def __init__(self, processors: LogitsProcessorList) -> None:
+        super().__init__(processors)
+        self._plain: list[tuple[Callable, bool]] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if [processor for processor, _ in self._plain] != self:
+            self._plain = [(each, len(inspect.signature(each.__call__).parameters) <= 2) for each in self]
+        if not all(plain for _, plain in self._plain):
+            return super().__call__(input_ids, scores, **kwargs)
+        for processor in self:
+            scores = processor(input_ids, scores)
+        return scores
+
+
 class LatentStoppingCriteriaList(StoppingCriteriaList):
     """Stock criteria that tell the state which rows ended; an id written by a slot need not stop a row.
 
@@ -93,13 +110,18 @@ class LatentStoppingCriteriaList(StoppingCriteriaList):
         self.overrun, self.readable = values.latent_budget == "reference", values.latent_ids == "readable"
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        special = self.overrun or self.readable
+        stopped = (self._stopped if special else super().__call__)(input_ids, scores, **kwargs)
+        self.state.advance(input_ids, stopped)
+        return stopped
+
+    def _stopped(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         slots = self.state.is_slot(input_ids.shape[1] - 1)
         stopped = torch.zeros_like(slots)
         for criterion in self:
             reads_ids = not isinstance(criterion, (MaxLengthCriteria, MaxTimeCriteria))
             stops = torch.as_tensor(criterion(input_ids, scores, **kwargs), device=slots.device).expand_as(slots)
-            stopped = stopped | (stops & ~slots if self.overrun or (self.readable and reads_ids) else stops)
-        self.state.finish(stopped)
+            stopped = stopped | (stops & ~slots if self.overrun or reads_ids else stops)
         return stopped
 
 
@@ -179,8 +201,14 @@ class LatentGenerationMixin(GenerationMixin):
         with _latent_call() as call:
             output = super().generate(inputs, *args, **kwargs)
             if call.keep_trace and call.state is not None and not torch.is_tensor(output):
-                output["latent_trace"] = call.state.build_trace(output, self.config)
+                output["latent_trace"] = call.state.build_trace(output)
         return output
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """As the stock method, but false during `generate`: the stock loop would read the signature of `forward` at
+        every step, looking for an argument (`cache_position`) that no latent model has."""
+        return _CALL.get() is None and super().is_remote_code()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the runner of continuous batching keeps only logits and cannot feed a vector back."""
@@ -307,6 +335,7 @@ class LatentGenerationMixin(GenerationMixin):
                 call.options,
                 self.config,
                 num_prompts=batch_size,
+                dtype=self.dtype,
                 use_cache=generation_config.use_cache is not False,
                 chunked=generation_config.prefill_chunk_size is not None,
                 sample=bool(generation_config.do_sample) and (generation_config.num_beams or 1) == 1,
@@ -329,8 +358,7 @@ class LatentGenerationMixin(GenerationMixin):
         custom = [*(kwargs.get("logits_processor") or []), LatentBanProcessor(state)]  # these run before the warpers
         kwargs["logits_processor"] = LogitsProcessorList(custom)
         processors = super()._get_logits_processor(*args, **kwargs)
-        processors.append(LatentLogitsProcessor(state))
-        return processors
+        return LatentLogitsProcessorList([*processors, LatentLogitsProcessor(state)])
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         criteria, state = super()._get_stopping_criteria(generation_config, *args, **kwargs), _state()
@@ -371,8 +399,7 @@ class LatentGenerationMixin(GenerationMixin):
         if state is not None:
             embeds = model_inputs.get("inputs_embeds")
             new = (model_inputs["input_ids"] if embeds is None else embeds).shape[1]
-            hidden = self.config.get_text_config().hidden_size
-            model_inputs.update(state.next_inputs(input_ids, new, hidden, self.dtype, first))
+            model_inputs.update(state.next_inputs(input_ids, new, first))
         return model_inputs
 
     def _update_model_kwargs_for_generation(

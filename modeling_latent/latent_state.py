@@ -1,11 +1,16 @@
 """State of one `generate` call: which rows are inside a span, what was written, and the vectors to feed.
 
-Rows are independent. Everything is a tensor with one entry per row and position, so that a rejected candidate is
-simply
-overwritten (assisted decoding) and rows can be gathered (beam search). Steps are recorded un-gathered for the trace.
+Rows are independent. What is known of a position is kept by position, in tensors with one entry per row, so that a
+rejected candidate is simply overwritten (assisted decoding) and rows can be gathered (beam search). Steps are recorded
+un-gathered for the trace.
+
+A step in which every row is outside a span costs next to nothing: whether there is one is read once a step, where the
+stock loop waits for the device anyway (`advance`). Nothing else here waits for the device.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,19 +19,54 @@ from .latent_inputs import latent_positions
 from .latent_strategies import LATENT_OPTIONS, STOP_RULES, LatentOptions, LatentStep
 from .latent_trace import LatentTrace, find_spans
 
-_GROW = 128
 
-
-@dataclass
-class _Record:
-    """What one step decided, in the row order of that step."""
+@dataclass(slots=True)
+class _Rows:
+    """What the rows `(R,)` are at one position: slots, slots written in the open span so far, index of the span, what
+    the LM head said, and the answer id forced there (1 is the first one; `None` when the call has none)."""
 
     is_slot: torch.BoolTensor
-    reason: torch.LongTensor
+    count: torch.LongTensor
+    span: torch.LongTensor
     said: torch.LongTensor
-    vector: torch.Tensor | None
+    pending: torch.LongTensor | None = None
+
+    def gather(self, index: torch.LongTensor) -> "_Rows":
+        values = (getattr(self, name) for name in self.__slots__)
+        return _Rows(*(None if value is None else value.index_select(0, index) for value in values))
+
+
+@dataclass(slots=True)
+class _Record:
+    """What one step decided, in the row order of that step; `fired` holds one `(R,)` entry per stop rule."""
+
+    is_slot: torch.BoolTensor
+    closing: torch.BoolTensor
+    fired: list[torch.BoolTensor]
+    said: torch.LongTensor
+    vector: torch.Tensor
     topk_ids: torch.LongTensor | None
     topk_probs: torch.Tensor | None
+
+
+def _close_reason(closing: torch.BoolTensor, fired: list[torch.BoolTensor]) -> torch.LongTensor:
+    """`(R,)` 0 while the row goes on, else 1 + index of the first stop rule that fired."""
+    reason = torch.zeros_like(closing, dtype=torch.long)
+    for index in range(len(fired), 0, -1):
+        reason = torch.where(fired[index - 1], index, reason)
+    return reason * closing
+
+
+class _Step(LatentStep):
+    """A step whose `recent` is worked out when a rule asks for it: it is given as a function."""
+
+    @property
+    def recent(self) -> torch.LongTensor:
+        return self._recent()
+
+    @recent.setter
+    def recent(self, value: Callable[[], torch.LongTensor]) -> None:
+        self._recent = value
 
 
 class LatentState:
@@ -36,6 +76,7 @@ class LatentState:
         options: resolved options of the call.
         config: model configuration (latent token ids).
         num_prompts: rows before the expansion by beams.
+        dtype: of the model, in which vectors are fed.
         use_cache: whether earlier positions stay in a cache; without one every vector is fed again.
         chunked: whether the prompt is fed in chunks.
         sample: whether what the LM head says is sampled.
@@ -49,6 +90,7 @@ class LatentState:
         options: LatentOptions,
         config: Any,
         num_prompts: int,
+        dtype: torch.dtype = torch.float32,
         use_cache: bool = True,
         chunked: bool = False,
         sample: bool = False,
@@ -56,118 +98,128 @@ class LatentState:
         prompt_latents: tuple[torch.Tensor, torch.Tensor | None] | None = None,
         attention_mask: torch.LongTensor | None = None,
     ) -> None:
-        self.options, self.config, self.num_prompts = options, config, num_prompts
+        self.options, self.config, self.num_prompts, self.dtype = options, config, num_prompts, dtype
         self.use_cache, self.chunked, self.sample, self.keep_trace = use_cache, chunked, sample, keep_trace
         self.prompt_latents, self.attention_mask = prompt_latents, attention_mask
         self.strategy, self.readable_ids = options.strategy, options.values.latent_ids == "readable"
+        # Read once: an attribute of a configuration costs as much as an operation on a tensor.
+        self.start_id, self.slot_id, self.end_id = (
+            getattr(config, f"latent_{role}token_id") for role in ("start_", "", "end_")
+        )
+        self.patch_id, self.hidden_size = config.latent_patch_token_id, config.get_text_config().hidden_size
+        self.writes_end = self.strategy.writes_end or options.values.force_end
         self.prompt_length = 0
         self.length = 0  # positions whose outputs are known
         self.fed = 0  # prompt positions fed so far, for chunked prefill
         self.row_options = None
         self.position_ids: torch.LongTensor | None = None
+        self.rows: dict[int, _Rows] = {}  # a position without an entry is text in all rows
         self.vectors: dict[int, torch.Tensor] = {}
         self.records: dict[int, _Record] = {}
         self.outputs: dict[int, torch.Tensor] = {}
         self.finished: torch.BoolTensor | None = None  # rows that a stopping rule ended
-        self._states = self._hidden = self._logits = self._zeros = None
+        self._advanced: tuple[int, torch.BoolTensor, bool] | None = None
+        self._states = self._hidden = self._logits = self._banned = None
+        self._single: dict[int, torch.Tensor] = {}  # scores that leave one id
 
     # --- views by position ---
 
     def _start(self, input_ids: torch.LongTensor) -> None:
         rows, length = input_ids.shape
-        shape = (rows, length + _GROW)
-        self.count = torch.zeros(shape, dtype=torch.long, device=input_ids.device)
-        self.said, self.pending = torch.zeros_like(self.count), torch.zeros_like(self.count)
-        self.span = torch.full_like(self.count, -1)
-        self.row_options = self.options.tensors(self.num_prompts, rows, input_ids.device)
+        device = input_ids.device
+        self.row_options = self.options.tensors(self.num_prompts, rows, device)
+        zeros = torch.zeros(rows, dtype=torch.long, device=device)
+        pending = None if self.row_options.latent_answer_ids is None else zeros
+        self._text = _Rows(zeros > 0, zeros, zeros - 1, zeros, pending)
+        self._no_slot = self._text.is_slot.unsqueeze(1)
+        self._no_latent = torch.zeros(rows, 1, self.hidden_size, dtype=self.dtype, device=device)
         if self.prompt_latents is not None:
             mask = self._prompt_mask(input_ids)
-            steps = torch.arange(length, device=input_ids.device)
-            last_text = torch.where(mask, -1, steps).cummax(dim=1).values
-            self.count[:, :length] = torch.where(mask, steps - last_text, 0)
-            self.said[:, :length] = input_ids
+            text = torch.where(mask, -1, torch.arange(length, device=device)).amax(dim=1)
+            self.rows[length - 1] = _Rows(
+                mask[:, -1], length - 1 - text, self._text.span, input_ids[:, -1], self._text.pending
+            )
 
     def _prompt_mask(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
         mask = self.prompt_latents[1]
         if mask is not None:
             return mask.to(input_ids.device).repeat_interleave(input_ids.shape[0] // mask.shape[0], dim=0)
-        return latent_positions(input_ids, (self.config.latent_token_id, self.config.latent_patch_token_id))
-
-    def _ensure(self, length: int) -> None:
-        missing = length - self.count.shape[1]
-        if missing > 0:
-            for name in ("count", "said", "pending", "span"):
-                tensor = getattr(self, name)
-                setattr(self, name, torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing + _GROW)], dim=1))
+        return latent_positions(input_ids, (self.slot_id, self.patch_id))
 
     def is_slot(self, position: int) -> torch.BoolTensor:
         """`(R,)` rows whose id at `position` is a slot."""
-        return self.count[:, position] > 0
+        return self.rows.get(position, self._text).is_slot
 
     def readable(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """Ids with every slot replaced by what it would have said."""
         if self.row_options is None:
             return input_ids
-        length = input_ids.shape[1]
-        return torch.where(self.count[:, :length] > 0, self.said[:, :length], input_ids)
+        prompt = input_ids[:, : self.prompt_length]
+        return torch.cat([prompt, self._readable_from(input_ids, self.prompt_length)], dim=1)
+
+    def _readable_from(self, input_ids: torch.LongTensor, first: int) -> torch.LongTensor:
+        """Readable ids of the positions from `first` on."""
+        ids, positions = input_ids[:, first:], range(first, input_ids.shape[1])
+        if not any(position in self.rows for position in positions):
+            return ids
+        rows = [self.rows.get(position, self._text) for position in positions]
+        is_slot, said = (torch.stack([getattr(row, name) for row in rows], dim=1) for name in ("is_slot", "said"))
+        return torch.where(is_slot, said, ids)
 
     def is_forced(self, input_ids: torch.LongTensor) -> bool:
         """Whether the next id of a single row is not free: inside a span, a forced start, a pending answer id."""
         first = input_ids.shape[1] == self.prompt_length
         if not self.strategy.opens_span:
             return False
-        opened = bool((input_ids[:, -1] == self.config.latent_start_token_id).any())
+        opened = bool((input_ids[:, -1] == self.start_id).any())
         if self.row_options is None:
             return opened or (first and self.options.values.force_span)
-        last = input_ids.shape[1] - 1
-        return opened or bool((self.is_slot(last) | (self.pending[:, last] > 0)).any())
+        last = self.rows.get(input_ids.shape[1] - 1, self._text)
+        return opened or bool(last.is_slot.any()) or (last.pending is not None and bool((last.pending > 0).any()))
 
     def free_prefix(self, ids: torch.LongTensor) -> int:
-        """Number of leading candidate ids that may be proposed: up to a start marker, none from a latent id on."""
+        """Number of leading candidate ids that may be proposed: up to a start marker, and none from a latent id or an
+        image placeholder on (a draft copied from the prompt may hold one, and it would be read as an image).
+        """
+        placeholders = [getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")]
         for index, token in enumerate(ids.tolist()):
-            if token in (self.config.latent_token_id, self.config.latent_patch_token_id):
+            if token in (self.slot_id, self.patch_id, *placeholders):
                 return index
-            if token == self.config.latent_start_token_id:
+            if token == self.start_id:
                 return index + 1 if self.strategy.opens_span else index
         return len(ids)
 
     # --- feeding ---
 
-    def next_inputs(
-        self, input_ids: torch.LongTensor, new: int, hidden: int, dtype: torch.dtype, first: bool
-    ) -> dict[str, torch.Tensor]:
+    def next_inputs(self, input_ids: torch.LongTensor, new: int, first: bool) -> dict[str, torch.Tensor]:
         """`latent_embeds` and `latent_mask` for the `new` positions fed now; the same form at every decode step.
 
         Args:
             input_ids: ids so far, or the chunk when the prompt is fed in chunks.
             new: number of positions fed.
-            hidden: hidden size.
-            dtype: of the model.
             first: whether this feeds the prompt.
         """
         start = self.fed if (self.chunked and first) else input_ids.shape[1] - new
         self.fed = self.length = start + new
         if first and self.prompt_latents is None:
             return {}
-        if not self.strategy.opens_span and self.prompt_latents is None:
-            return {}
-        rows, device = input_ids.shape[0], input_ids.device
         if new == 1 and not first and self.use_cache:
             vector = self.vectors.get(start)
             if vector is None:
-                if self._zeros is None or self._zeros.shape != (rows, 1, hidden):
-                    self._zeros = torch.zeros(rows, 1, hidden, dtype=dtype, device=device)
-                fed = self._zeros
-            else:  # one set of strides at every step, or a compiled forward is compiled again
-                fed = vector.to(dtype).unsqueeze(1).clone(memory_format=torch.contiguous_format)
-            return {"latent_embeds": fed, "latent_mask": self.count[:, start : start + 1] > 0}
-        embeds = torch.zeros(rows, new, hidden, dtype=dtype, device=device)
+                return {"latent_embeds": self._no_latent, "latent_mask": self._no_slot}
+            # One set of strides at every step, or a compiled forward is compiled again.
+            fed = vector.to(self.dtype).unsqueeze(1).clone(memory_format=torch.contiguous_format)
+            return {"latent_embeds": fed, "latent_mask": self.is_slot(start).unsqueeze(1)}
+        if not self.strategy.opens_span and self.prompt_latents is None:
+            return {}
+        rows, device = input_ids.shape[0], input_ids.device
+        embeds = torch.zeros(rows, new, self.hidden_size, dtype=self.dtype, device=device)
         mask = torch.zeros(rows, new, dtype=torch.bool, device=device)
         if self.prompt_latents is not None:
             self._put_prompt_latents(input_ids, embeds, mask, start)
         for position, vector in self.vectors.items():
             if start <= position < start + new:
-                embeds[:, position - start] = vector.to(dtype)
+                embeds[:, position - start] = vector.to(self.dtype)
                 mask[:, position - start] = self.is_slot(position)
         return {"latent_embeds": embeds, "latent_mask": mask}
 
@@ -184,8 +236,7 @@ class LatentState:
             mask[:, : stop - start] = self.prompt_latents[1][:, start:stop].repeat_interleave(repeat, dim=0).to(mask)
         else:
             ids = input_ids[:, -embeds.shape[1] :][:, : stop - start]
-            token_ids = (self.config.latent_token_id, self.config.latent_patch_token_id)
-            mask[:, : stop - start] = latent_positions(ids, token_ids)
+            mask[:, : stop - start] = latent_positions(ids, (self.slot_id, self.patch_id))
 
     def observe(self, outputs: Any) -> None:
         """Keep what a forward returned; record outputs at slots for the trace."""
@@ -196,19 +247,34 @@ class LatentState:
                 if position in self.records:
                     self.outputs[position] = self._hidden[:, position - self.length]
 
-    def finish(self, stopped: torch.BoolTensor) -> None:
-        """Rows `(R,)` that a stopping rule ended now; they open no span any more."""
+    def advance(self, input_ids: torch.LongTensor, stopped: torch.BoolTensor) -> None:
+        """After a step: rows `(R,)` that a stopping rule ended open no span any more; which rows go on inside one?
+
+        Called where the stock loop reads from the device whether all rows ended: the one place to read a value.
+        """
         self.finished = stopped if self.finished is None else self.finished | stopped
+        is_open = self._open_rows(input_ids)
+        self._advanced = input_ids.shape[1], is_open, bool(is_open.any())
+
+    def _open_rows(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
+        """`(R,)` rows that are inside a span at the next position."""
+        last, is_open = self.rows.get(input_ids.shape[1] - 1), input_ids[:, -1] == self.start_id
+        if last is not None:
+            is_open = is_open | last.is_slot
+        return is_open if self.finished is None else is_open > self.finished  # open and not finished
 
     def reorder(self, beam_idx: torch.LongTensor) -> None:
-        """Gather rows after a beam step; records stay as they were and are gathered with the final beam indices."""
-        for name in ("count", "said", "pending", "span"):
-            setattr(self, name, getattr(self, name).index_select(0, beam_idx))
+        """Gather rows after a beam step; records stay as they were and are gathered with the final beam indices.
+
+        Only the last two positions are looked at again.
+        """
+        for position in sorted(self.rows)[-2:]:
+            self.rows[position] = self.rows[position].gather(beam_idx)
         self.vectors = {position: vector.index_select(0, beam_idx) for position, vector in self.vectors.items()}
 
     def forget(self, length: int) -> None:
         """Drop what was decided from position `length` on: drafts of assisted decoding that were rejected."""
-        for name in ("vectors", "records", "outputs"):
+        for name in ("rows", "vectors", "records", "outputs"):
             kept = {position: value for position, value in getattr(self, name).items() if position < length}
             setattr(self, name, kept)
 
@@ -218,90 +284,100 @@ class LatentState:
         """Scores of position `T`: a forced row holds one id with score 0, a text row loses the latent ids."""
         if self.row_options is None:
             self._start(input_ids)
-        position = input_ids.shape[1]
-        self._ensure(position + 1)
+        position, advanced = input_ids.shape[1], self._advanced
         if not self.strategy.opens_span:
             return scores
-        step, pending, forced = self._begin(input_ids, scores, position)
-        reason = self._close_reason(step)
-        closing = reason > 0
-        step.is_slot = step.is_open & ~closing
-        self._write(step, position, reason, pending)
-        forced = torch.where(step.is_slot, step.said if self.readable_ids else self.config.latent_token_id, forced)
-        if self.strategy.writes_end or self.options.values.force_end:
-            forced = torch.where(closing, self.config.latent_end_token_id, forced)
-        elif self.sample:  # one draw decides both: whether the span closes and what is written then
-            forced = torch.where(closing, step.said, forced)
-        return self._force(scores, forced)
+        any_open = None  # not known with beams and behind drafts
+        if advanced is not None and advanced[0] == position:
+            is_open, any_open = advanced[1:]
+        else:
+            is_open = self._open_rows(input_ids)
+            if position == self.prompt_length:
+                any_open = self.options.values.force_span or bool(is_open.any())
+        for kept in (self.rows, self.records, self.vectors):
+            kept.pop(position, None)
+        if self.use_cache:
+            self.vectors.clear()
+        if any_open is False and self.row_options.latent_answer_ids is None:
+            return scores
+        last = self._last_rows(position)
+        step, forced = self._begin(input_ids, scores, is_open, last)
+        fired = [STOP_RULES[name](step) for name in self.strategy.stops]
+        closing = is_open & functools.reduce(torch.bitwise_or, fired) if fired else torch.zeros_like(is_open)
+        step.is_slot = is_open ^ closing  # only open rows close
+        self._write(step, position, last, closing, fired)
+        if self.keep_trace and (any_open or bool(is_open.any())):
+            self._record(step, position, closing, fired)
+        return self._force(scores, step, closing, forced)
 
-    def _begin(self, input_ids: torch.LongTensor, scores: torch.Tensor, position: int) -> tuple:
-        """The step as the rules see it, the answer ids pending per row, the ids forced on text rows (-1: free)."""
-        values, last = self.row_options, position - 1
+    def _last_rows(self, position: int) -> _Rows:
+        """What the rows are at the position before. Text steps leave no entry: an older one has the span."""
+        rows = self.rows.get(position - 1)
+        if rows is None and self.rows:
+            older = max((known for known in self.rows if known < position), default=None)
+            return self._text if older is None else replace(self._text, span=self.rows[older].span)
+        return rows or self._text
+
+    def _begin(
+        self,
+        input_ids: torch.LongTensor,
+        scores: torch.Tensor,
+        is_open: torch.BoolTensor,
+        last: _Rows,
+    ) -> tuple[LatentStep, torch.LongTensor | None]:
+        """The step as the rules see it, and the ids forced on text rows (-1: free; `None`: none is)."""
+        values, position = self.row_options, input_ids.shape[1]
         said = torch.multinomial(scores.softmax(-1), 1)[:, 0] if self.sample else scores.argmax(-1)
-        starts = (input_ids[:, -1] == self.config.latent_start_token_id) & (self.count[:, last] == 0)
-        is_open = starts | (self.count[:, last] > 0)
-        if self.finished is not None:
-            is_open = is_open & ~self.finished
-        pending = self.pending[:, last]
-        forced = torch.full_like(said, -1)
+        forced = None
         if position == self.prompt_length and values.force_span:
-            forced[:] = self.config.latent_start_token_id
+            forced = torch.full_like(said, self.start_id)
         elif values.latent_answer_ids is not None:
-            answers = torch.tensor([-1, *values.latent_answer_ids], device=said.device)
-            forced = answers[pending]
-        said = torch.where(forced >= 0, forced, said)
-        step = LatentStep(
+            forced = torch.tensor([-1, *values.latent_answer_ids], device=said.device)[last.pending]
+        if forced is not None:
+            said = torch.where(forced >= 0, forced, said)
+        step = _Step(
             input_ids=input_ids,
             prompt_length=self.prompt_length,
             is_open=is_open,
-            count=self.count[:, last],
-            span=self.span[:, last],
+            count=last.count,
+            span=last.span,
             said=said,
-            recent=self._recent(input_ids),
+            recent=functools.partial(self._recent, input_ids),
             scores=scores,
             latent=self._states[:, position - self.length - 1].to(scores.device),
             options=values,
             config=self.config,
         )
-        return step, pending, forced
+        return step, forced
 
     def _recent(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         length = input_ids.shape[1]
         if length < 2:
-            return torch.nn.functional.pad(self.readable(input_ids), (2 - length, 0), value=-1)
-        window = slice(length - 2, length)
-        return torch.where(self.count[:, window] > 0, self.said[:, window], input_ids[:, window])
+            return torch.nn.functional.pad(self._readable_from(input_ids, 0), (2 - length, 0), value=-1)
+        return self._readable_from(input_ids, length - 2)
 
-    def _close_reason(self, step: LatentStep) -> torch.LongTensor:
-        """`(R,)` 0 while the row goes on, else 1 + index of the stop rule that fired."""
-        reason = torch.zeros_like(step.said)
-        for index, name in enumerate(self.strategy.stops):
-            fires = STOP_RULES[name](step) & step.is_open & (reason == 0)
-            reason = torch.where(fires, index + 1, reason)
-        return reason
-
-    def _write(self, step: LatentStep, position: int, reason: torch.LongTensor, pending: torch.LongTensor) -> None:
-        self.count[:, position] = torch.where(step.is_slot, step.count + 1, 0)
-        self.span[:, position] = step.span + (step.is_slot & (step.count == 0))
-        self.said[:, position] = step.said
-        answers = self.row_options.latent_answer_ids
+    def _write(
+        self, step: LatentStep, position: int, last: _Rows, closing: torch.BoolTensor, fired: list[torch.BoolTensor]
+    ) -> None:
+        pending, answers = None, self.row_options.latent_answer_ids
         if answers is not None:
-            after = torch.where((pending > 0) & (pending < len(answers)), pending + 1, 0)
+            pending = torch.where((last.pending > 0) & (last.pending < len(answers)), last.pending + 1, 0)
             forced = self.strategy.forced if not self.options.values.force_end else self.strategy.stops
             codes = [index + 1 for index, name in enumerate(self.strategy.stops) if name in forced]
-            by_force = torch.isin(reason, torch.tensor(codes, device=reason.device)) if codes else reason < 0
-            self.pending[:, position] = torch.where(by_force, 1, after)
-        if not self.use_cache:
-            self.vectors.pop(position, None)
-        else:
-            self.vectors = {}
-        vector = self._slot_vector(step)
-        if vector is not None:
-            self.vectors[position] = vector
-        self._record(step, position, reason, vector)
+            if codes:
+                reason = _close_reason(closing, fired)
+                pending = torch.where(torch.isin(reason, torch.tensor(codes, device=reason.device)), 1, pending)
+        self.rows[position] = _Rows(
+            is_slot=step.is_slot,
+            count=(last.count + 1) * step.is_slot,
+            span=last.span + (step.is_slot > last.is_slot),  # the first slot of a span
+            said=step.said,
+            pending=pending,
+        )
+        self.vectors[position] = step.latent = self._slot_vector(step)
 
-    def _slot_vector(self, step: LatentStep) -> torch.Tensor | None:
-        """Noise, then trace hook, then the vector `(R, H)` to feed; `None` when no row becomes a slot."""
+    def _slot_vector(self, step: LatentStep) -> torch.Tensor:
+        """Noise, then trace hook, then the vector `(R, H)` to feed; read only where a row becomes a slot."""
         vector, values = step.latent, self.options.values
         if values.latent_noise > 0:
             eligible = step.is_slot if values.latent_noise_first else step.is_open & (step.count > 0)
@@ -311,9 +387,7 @@ class LatentState:
                     values.latent_noise * vector.norm(dim=-1, keepdim=True) / (noise.norm(dim=-1, keepdim=True) + 1e-8)
                 )
                 vector = torch.where(eligible.unsqueeze(-1), vector + scale * noise, vector)
-        if not bool(step.is_slot.any()):
-            return None
-        if values.latent_hook is not None:
+        if values.latent_hook is not None and bool(step.is_slot.any()):
             step.latent = vector
             edited = values.latent_hook(step)
             if edited is not None:
@@ -324,44 +398,63 @@ class LatentState:
                 vector = torch.where(step.is_slot.unsqueeze(-1), edited.to(vector), vector)
         return vector
 
-    def _record(self, step: LatentStep, position: int, reason: torch.LongTensor, vector: torch.Tensor | None) -> None:
-        self.records.pop(position, None)
-        if not self.keep_trace or (vector is None and not bool((reason > 0).any())):
-            return
+    def _record(
+        self, step: LatentStep, position: int, closing: torch.BoolTensor, fired: list[torch.BoolTensor]
+    ) -> None:
         topk = self.options.values.latent_topk
         ids = probs = None
-        if vector is not None and topk > 0:
+        if topk > 0:
             raw = self._logits[:, position - self.length - 1].float()
             probs, ids = raw.softmax(-1).topk(min(topk, raw.shape[-1]), dim=-1)
-        self.records[position] = _Record(step.is_slot, reason, step.said, vector, ids, probs)
+        self.records[position] = _Record(step.is_slot, closing, fired, step.said, step.latent, ids, probs)
 
     def suppress(self, scores: torch.FloatTensor) -> torch.FloatTensor:
         """No row writes or says an id that would be read as a latent; with `off` no span opens either."""
         if self.readable_ids:
             return scores
-        banned = [self.config.latent_token_id, self.config.latent_patch_token_id]
-        if not self.strategy.opens_span:
-            banned.append(self.config.latent_start_token_id)
-        scores = scores.clone()
-        scores[:, [token for token in banned if token is not None]] = -float("inf")
-        return scores
+        if self._banned is None:
+            banned = [self.slot_id, self.patch_id, None if self.strategy.opens_span else self.start_id]
+            self._banned = torch.tensor(
+                [token for token in banned if token is not None], dtype=torch.long, device=scores.device
+            )
+        return scores.index_fill(1, self._banned, -float("inf"))
 
-    @staticmethod
-    def _force(scores: torch.FloatTensor, forced: torch.LongTensor) -> torch.FloatTensor:
-        is_forced = (forced >= 0).unsqueeze(1)
-        target = forced.clamp(min=0).unsqueeze(1)
-        value = torch.where(is_forced, 0.0, scores.gather(1, target))
-        return scores.masked_fill(is_forced, -float("inf")).scatter(1, target, value)
+    def _force(
+        self, scores: torch.Tensor, step: LatentStep, closing: torch.BoolTensor, forced: torch.LongTensor | None
+    ) -> torch.FloatTensor:
+        """One id with score 0 on the rows of a span, and on the text rows with an id in `forced`."""
+        if forced is None and not self.readable_ids and (self.writes_end or not self.sample):
+            scores = torch.where(step.is_slot.unsqueeze(1), self._only(self.slot_id, scores), scores)
+            if self.writes_end:
+                scores = torch.where(closing.unsqueeze(1), self._only(self.end_id, scores), scores)
+            return scores
+        is_forced, target = step.is_slot, step.said if self.readable_ids else torch.full_like(step.said, self.slot_id)
+        if self.writes_end:
+            is_forced, target = step.is_open, torch.where(closing, self.end_id, target)
+        elif self.sample:  # one draw decides both: whether the span closes and what is written then
+            is_forced, target = step.is_open, torch.where(closing, step.said, target)
+        if forced is not None:
+            target = torch.where(is_forced, target, forced.clamp(min=0))
+            is_forced = is_forced | (forced >= 0)
+        is_forced, target = is_forced.unsqueeze(1), target.unsqueeze(1)
+        value = scores.gather(1, target).masked_fill(is_forced, 0.0)  # a free row keeps its score
+        return scores.masked_fill(is_forced, -float("inf")).scatter_(1, target, value)
+
+    def _only(self, token: int, scores: torch.Tensor) -> torch.Tensor:
+        """`(V,)` scores that leave one id."""
+        if token not in self._single:
+            self._single[token] = torch.full_like(scores[0], -float("inf"))
+            self._single[token][token] = 0
+        return self._single[token]
 
     # --- the trace ---
 
-    def build_trace(self, output: Any, config: Any) -> LatentTrace:
+    def build_trace(self, output: Any) -> LatentTrace:
         """Trace of the returned sequences; under beam search steps are gathered with `output.beam_indices`."""
         sequences = output.sequences
         rows, length = sequences.shape
         device = sequences.device
         parents = self._parents(output, rows, length)
-        hidden = config.get_text_config().hidden_size
         packed: dict[str, list] = {
             name: [] for name in ("index", "inputs", "outputs", "known", "said", "ids", "probs")
         }
@@ -374,18 +467,20 @@ class LatentState:
             record, parent = self.records[position], parents[:, position - self.prompt_length]
             alive = parent >= 0
             parent = parent.clamp(min=0)
-            for row in (alive & (record.reason[parent] > 0)).nonzero()[:, 0].tolist():
-                reasons[(row, position)] = self.strategy.stops[int(record.reason[parent[row]]) - 1]
+            closed = _close_reason(record.closing, record.fired)[parent] * alive
+            for row, reason in enumerate(closed.tolist()):
+                if reason:
+                    reasons[(row, position)] = self.strategy.stops[reason - 1]
             slots = (alive & record.is_slot[parent]).nonzero()[:, 0]
             if len(slots):
-                self._pack(packed, record, position, slots, parent, parents, hidden)
-        trace = self._assemble(packed, sequences, hidden, device)
+                self._pack(packed, record, position, slots, parent, parents)
+        trace = self._assemble(packed, sequences, device)
         trace.spans = find_spans(
             sequences,
             trace.latent_mask,
             self.prompt_length,
-            config.latent_start_token_id,
-            config.latent_end_token_id,
+            self.start_id,
+            self.end_id,
             reasons,
         )
         return trace
@@ -411,9 +506,7 @@ class LatentState:
             return torch.nn.functional.pad(beams.long(), (0, max(0, new - beams.shape[1])), value=-1)
         return torch.arange(rows, device=output.sequences.device).unsqueeze(1).expand(rows, new)
 
-    def _pack(
-        self, packed: dict, record: _Record, position: int, slots: Any, parent: Any, parents: Any, hidden: int
-    ) -> None:
+    def _pack(self, packed: dict, record: _Record, position: int, slots: Any, parent: Any, parents: Any) -> None:
         source = parent[slots]
         packed["index"].append(torch.stack([slots, torch.full_like(slots, position)], dim=1))
         packed["inputs"].append(record.vector[source])
@@ -424,13 +517,13 @@ class LatentState:
         column = position - self.prompt_length + 1
         following = parents[slots, column] if column < parents.shape[1] else torch.full_like(slots, -1)
         known = following >= 0 if position in self.outputs else torch.zeros_like(slots, dtype=torch.bool)
-        output = record.vector.new_zeros(len(slots), hidden)
+        output = record.vector.new_zeros(len(slots), self.hidden_size)
         if bool(known.any()):
             output[known] = self.outputs[position][following[known]]
         packed["outputs"].append(output)
         packed["known"].append(known)
 
-    def _assemble(self, packed: dict, sequences: torch.LongTensor, hidden: int, device: torch.device) -> LatentTrace:
+    def _assemble(self, packed: dict, sequences: torch.LongTensor, device: torch.device) -> LatentTrace:
         def join(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.cat(packed[name]) if packed[name] else torch.zeros(0, *shape, dtype=dtype, device=device)
 
@@ -444,7 +537,9 @@ class LatentState:
             positions = positions[:, rows.to(positions.device), : sequences.shape[1]]
         values = {name: value for name, value in vars(self.options.values).items() if LATENT_OPTIONS[name].saved}
         token_ids = {
-            f"latent_{role}token_id": getattr(self.config, f"latent_{role}token_id") for role in ("", "start_", "end_")
+            "latent_token_id": self.slot_id,
+            "latent_start_token_id": self.start_id,
+            "latent_end_token_id": self.end_id,
         }
         mask = self.attention_mask
         if mask is not None:
@@ -453,8 +548,8 @@ class LatentState:
             sequences=sequences,
             prompt_length=self.prompt_length,
             slot_index=index[order],
-            slot_inputs=join("inputs", hidden)[order],
-            slot_outputs=join("outputs", hidden)[order],
+            slot_inputs=join("inputs", self.hidden_size)[order],
+            slot_outputs=join("outputs", self.hidden_size)[order],
             has_output=join("known", dtype=torch.bool)[order],
             readable_ids=join("said", dtype=torch.long)[order],
             topk_ids=join("ids", topk, dtype=torch.long)[order] if topk else index.new_zeros(len(index), 0),

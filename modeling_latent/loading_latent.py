@@ -14,7 +14,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
-from .configuration_latent import published_method
 from .conversion_latent import build_without_weights, convert_stock_checkpoint, latent_classes
 from .processing_latent import LatentProcessor
 
@@ -36,8 +35,7 @@ def load_latent_model(
     """Load a model that reasons in latents, with its processor.
 
     Args:
-        name_or_path: folder or Hub repository of a latent checkpoint, one written by the published code of a method,
-            a stock one (give `method`), or an adapter.
+        name_or_path: folder or Hub repository of a latent checkpoint, a stock one (give `method`), or an adapter.
         method: name in `LATENT_METHODS`, for a stock checkpoint; a latent one and an adapter say it themselves.
         adapter: `"attach"` puts the adapter's modules into the model (`disable_adapters()` switches them off),
             `"merge"` folds them into the weights, `"skip"` returns the base as the adapter needs it.
@@ -91,7 +89,7 @@ def _load_whole(
     code = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name, **code)
     if not config.model_type.startswith("latent_"):
-        if method is None and published_method(config) is None:
+        if method is None:
             latent_classes(config.model_type, name)
             raise ValueError(
                 f"{name} is a stock {config.model_type!r} checkpoint without latents; give the method that it is to "

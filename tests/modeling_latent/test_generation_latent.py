@@ -5,12 +5,14 @@ That every way of decoding gives the right ids is shown in `tests/test_matrix.py
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -36,6 +38,7 @@ from modeling_latent import (
     register_stop_rule,
     saved_generation_config,
 )
+from modeling_latent.generation_latent import LatentLogitsProcessorList
 from modeling_latent.latent_strategies import int_from, number_from
 from tests.latent import ScriptProcessor, eager_assistant, latent_token_ids, liven, tiny_latent_model
 from tests.naive import NaiveResult, naive_generate
@@ -286,6 +289,94 @@ def test_off_is_the_stock_model_with_two_ids_less(
         torch.manual_seed(5)
         theirs = stock.generate(**inputs, max_new_tokens=8, suppress_tokens=[SLOT, START], **options)
         assert ours.tolist() == theirs.tolist(), options
+
+
+def test_text_is_drawn_as_by_the_stock_model(
+    model: torch.nn.Module, stock: torch.nn.Module, inputs: dict[str, torch.Tensor]
+) -> None:
+    """Outside spans no random number is drawn for latents: with one seed, the stock model writes the same text."""
+    options = {"do_sample": True, "top_k": 0, "temperature": 2.0, "max_new_tokens": 8}
+    torch.manual_seed(5)
+    ours = model.generate(**inputs, latent_strategy="dynamic", force_span=False, suppress_tokens=[START], **options)
+    torch.manual_seed(5)
+    theirs = stock.generate(**inputs, suppress_tokens=[SLOT, START], **options)
+    assert ours.tolist() == theirs.tolist()
+
+
+class SeenOps(TorchDispatchMode):
+    """How often each operation ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of_a_step(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: Any) -> Counter[str]:
+    """Operations of one decode step: what 12 new ids take more than 8, over 4."""
+    seen = []
+    for length in (8, 12):
+        with SeenOps() as ops:
+            model.generate(**inputs, do_sample=False, max_new_tokens=length, min_new_tokens=length, **options)
+        seen.append(ops.counts)
+    return Counter({name: (count - seen[0][name]) / 4 for name, count in seen[1].items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "budget"),
+    [
+        ({"latent_strategy": "off"}, 6),
+        ({"latent_strategy": "dynamic", "force_span": False, "suppress_tokens": [START]}, 12),
+        ({"latent_strategy": "fixed", "num_latent_steps": [1, 2], "force_span": True}, 12),  # text again after 3 steps
+        ({"latent_strategy": "dynamic", "max_latent_steps": 40, "force_span": True, "suppress_tokens": [END]}, 45),
+        ({"latent_strategy": "fixed", "num_latent_steps": 40, "force_span": True}, 45),
+    ],
+)
+def test_what_a_step_costs(
+    model: torch.nn.Module,
+    stock: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    options: dict[str, Any],
+    budget: int,
+) -> None:
+    """A step reads one value from the device more than the stock loop, at most, and adds few operations."""
+    suppressed = {name: options[name] for name in ("suppress_tokens",) if name in options}
+    ours = operations_of_a_step(model, inputs, **options)
+    theirs = operations_of_a_step(stock, inputs, **suppressed)
+    reads = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "bincount")
+    assert 0 <= sum(ours[name] - theirs[name] for name in reads) <= 1
+    assert ours["_local_scalar_dense"] > 0  # what is counted is named so: the stock loop reads whether all rows ended
+    assert 0 < ours.total() - theirs.total() <= budget
+
+
+def test_processors_with_further_arguments(model: torch.nn.Module, text: dict[str, torch.Tensor]) -> None:
+    """As in the stock list: one that needs more than ids and scores is refused when that is not passed."""
+
+    class Needy(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+            return scores + cond
+
+    with pytest.raises(ValueError, match="required parameters: .*'cond'"):
+        model.generate(**text, max_new_tokens=2, logits_processor=LogitsProcessorList([Needy()]))
+    processors = LatentLogitsProcessorList(LogitsProcessorList([Prefer(7)]))
+    ids, scores = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 9)
+    assert processors(ids, scores).argmax() == 7
+    processors.append(Needy())  # seen although it came later
+    assert processors(ids, scores, cond=100 * torch.eye(9)[4]).argmax() == 4
+
+
+def test_a_model_is_custom_code_outside_of_generate(model: torch.nn.Module, text: dict[str, torch.Tensor]) -> None:
+    """`generate` must not look at the signature of `forward` each step; saving must still write the code."""
+    seen = []
+
+    def hook(step: LatentStep) -> None:
+        seen.append(model.is_remote_code())
+
+    decode(model, text, max_latent_steps=2, latent_hook=hook)
+    assert model.is_remote_code() and seen and not any(seen)
 
 
 def test_answers_after_a_forced_end_of_fixed(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
