@@ -1,5 +1,16 @@
 """Training of latent-reasoning models: data, losses, objectives and trainers.
 
+| question | files |
+|---|---|
+| which options, and the trainer | `configs`, `sft_trainer` |
+| what a method trains | `objectives`, `losses/`, `exposure`, `latent_forward` (the loss inside the wrapped forward) |
+| from records to batches | `data/`, `collators`, `sample_lengths`, `dynamic_loader` |
+| several processes | `distributed`, `optimizer_groups` |
+| killed and resumed runs, NaN | `checkpoints`, `checkpoint_files`, `tensor_names`, `run_facts`, `fault_tolerance` |
+| from a recipe to a model | `model_loading`, `adapters`, `dry_run`, `batch_preview` |
+| rewards | `rewards`, `reward_loading` |
+| tiny models, built in code | `tiny`, `tiny_tokenizer` |
+
 Names are imported when first used, so that `import trainers` costs nothing.
 """
 
