@@ -1,156 +1,332 @@
-"""Ratios of two runs side by side in one process: medians and spread over repeats.
+"""What latents cost: ratios of two runs side by side, each with its bar, as a table and as JSON.
 
-    python examples/benchmark.py laser --repeats 7 --json runs/benchmark.json
+    python examples/benchmark.py laser                                    # all rows, some twenty minutes on a CPU
+    python examples/benchmark.py laser --rows decode_tiny import_time --repeats 11 --json runs/benchmark.json
+    python examples/benchmark.py laser --device cuda
+    python examples/benchmark.py laser --quick --repeats 1                # small shapes: does every row run?
 
-Random models built in code; nothing is downloaded. A ratio is taken pair by pair, so a slow moment hits both.
+Random models built in code; nothing is downloaded. Columns: ratio of the medians, quartiles of the ratios of the
+rounds, bar, verdict, the two medians. Clocks and order of the runs: `evaluation/measuring.py`; how a method adds its
+rows: `evaluation/speed_table.py`.
 """
 
-import argparse
-import json
-import statistics
-import time
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import cache, partial
+from typing import Any
 
 import torch
+import trl
 from torch.nn import functional
+from transformers import GenerationConfig, PreTrainedModel
 
-from modeling_latent import LatentQwen2_5_VLConfig, LatentQwen2_5_VLForConditionalGeneration
+from evaluation.measuring import Ratio, StepClock, peak_memory, processor_seconds, take_turns
+from evaluation.speed_table import Settings, in_fresh_process, in_process, row, run
+from modeling_latent import LATENT_CLASSES, LatentProcessor
+from trainers import LatentSFTConfig, LatentSFTTrainer
+from trainers.data.records import make_record, records_to_dataset
 from trainers.losses.dwal import DwalOptions, dwal_loss, find_latent_rows, fused_dwal_loss
-from trainers.tiny import TINY_TEXTS, build_tiny_tokenizer, tiny_qwen2_5_vl_config
+from trainers.objectives import LaserObjective, register_objective
+from trainers.tiny import build_tiny_processor, build_tiny_stock_model, tiny_config
+
+TEXT, REST = (10, 200), 600  # ids of plain text, and the first id that the tiny tokenizer does not use
 
 
-@dataclass
-class Row:
-    """One line of the table: median and extremes of the ratio, and the medians in seconds."""
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a random model."""
 
-    name: str
-    ratio: float
-    low: float
-    high: float
-    first_s: float
-    second_s: float
-
-
-def paired(name: str, first: Callable[[], None], second: Callable[[], None], repeats: int) -> Row:
-    """Time `first` and `second` in turn; the ratio is first / second."""
-    first(), second()
-    times = []
-    for _ in range(repeats):
-        pair = []
-        for run in (first, second):
-            start = time.perf_counter()
-            run()
-            pair.append(time.perf_counter() - start)
-        times.append(pair)
-    ratios = [a / b for a, b in times]
-    middle = [statistics.median(column) for column in zip(*times, strict=True)]
-    return Row(name, statistics.median(ratios), min(ratios), max(ratios), *middle)
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
 
 
-def build_model(hidden_size: int, num_layers: int, vocab_size: int) -> LatentQwen2_5_VLForConditionalGeneration:
-    """A random latent Qwen2.5-VL; its last three token ids are the markers."""
-    tokenizer = build_tiny_tokenizer(TINY_TEXTS)
-    stock = tiny_qwen2_5_vl_config(
-        vocab_size, tokenizer, hidden_size=hidden_size, num_layers=num_layers, num_heads=8, num_kv_heads=4
-    )
-    config = LatentQwen2_5_VLConfig.from_stock(
-        stock,
-        method="laser",
-        latent_start_token_id=vocab_size - 3,
-        latent_token_id=vocab_size - 2,
-        latent_end_token_id=vocab_size - 1,
-    )
-    torch.manual_seed(0)
-    return LatentQwen2_5_VLForConditionalGeneration(config).eval()
+TINY = Shape(64, 2, 1_024, 4, 2)
+MEDIUM = Shape(512, 8, 32_000, 8, 4)
 
 
-def decode_step(model: LatentQwen2_5_VLForConditionalGeneration, repeats: int, label: str) -> Row:
-    """64 latent steps against 64 text steps of the same model without latents, batch 4, dynamic cache."""
-    ids = torch.randint(10, 200, (4, 64))
-    common = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 65, "min_new_tokens": 65}
-
-    def latent() -> None:
-        model.generate(**common, do_sample=False, latent_strategy="fixed", num_latent_steps=64, force_span=True)
-
-    def text() -> None:
-        model.generate(**common, do_sample=False, latent_strategy="off")
-
-    return paired(f"latent decode step / text decode step, {label}", latent, text, repeats)
+@cache
+def processor() -> LatentProcessor:
+    return build_tiny_processor(latent_tokens={"start": "<|start|>", "slot": "<|slot|>", "end": "<|end|>"})
 
 
-def batched(model: LatentQwen2_5_VLForConditionalGeneration, repeats: int, label: str) -> Row:
-    """8 single rows against the same rows as one left-padded batch with spans of 1 to 8 slots."""
-    lengths, slots = [20 + 5 * i for i in range(8)], list(range(1, 9))
-    prompts = [torch.randint(10, 200, (n,)) for n in lengths]
-    width = max(lengths)
-    ids = torch.stack([functional.pad(p, (width - len(p), 0), value=0) for p in prompts])
-    mask = torch.stack([functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts])
-    options = {"do_sample": False, "max_new_tokens": 32, "min_new_tokens": 32, "latent_strategy": "fixed"}
+def stock_and_latent(shape: Shape, settings: Settings) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A random stock model, and the latent model with its weights.
 
-    def single() -> None:
-        for prompt, count in zip(prompts, slots, strict=True):
-            row = prompt[None]
-            model.generate(
-                input_ids=row, attention_mask=torch.ones_like(row), num_latent_steps=count, force_span=True, **options
-            )
-
-    def batch() -> None:
-        model.generate(input_ids=ids, attention_mask=mask, num_latent_steps=slots, force_span=True, **options)
-
-    return paired(f"8 single rows / batch of 8 mixed rows, {label}", single, batch, repeats)
+    The rows of the markers in the LM head are zero: an arg max over random logits never says them, so that a span of
+    LASER's `dynamic` runs to its cap.
+    """
+    names = ("latent_start_token_id", "latent_token_id", "latent_end_token_id")
+    tokens = {name: getattr(processor(), name) for name in names}
+    config = tiny_config("qwen2_5_vl", tokenizer=processor().tokenizer, **asdict(shape))
+    stock = build_tiny_stock_model(config).to(settings.device, settings.dtype)
+    stock.lm_head.weight.data[list(tokens.values())] = 0
+    config_class, model_class = LATENT_CLASSES["qwen2_5_vl"]
+    latent = model_class(config_class.from_stock(config, latent_method="laser", **tokens))
+    latent.load_state_dict(stock.state_dict())
+    latent.generation_config = GenerationConfig(**stock.generation_config.to_dict())
+    return stock, latent.to(settings.device, settings.dtype).eval()
 
 
-def fused_dwal(repeats: int, vocab_size: int = 152_064, hidden_size: int = 128, tokens: int = 2_048) -> Row:
-    """Fused DWAL against the naive form, which builds logits for all positions; one position in ten is a concept."""
-    ids = torch.randint(10, vocab_size, (4, tokens // 4))
-    for start in (20, 150, 280, 410):
-        ids[:, start], ids[:, start + 51] = 3, 5
-    rows = find_latent_rows(ids, start_id=3, end_id=5, window_size=16)
+# Decoding ----------------------------------------------------------------------------------------------------------
+
+
+def decode(shape: Shape, bar: float, settings: Settings) -> list[Ratio]:
+    """The median step of a run, without the prefill: of a span of LASER's `dynamic`, of one that is recorded, and of
+    text in a latent model, each over a text step of the stock class with the same weights, batch, cache, options."""
+    steps = settings.small(96, 12)
+    stock, latent = stock_and_latent(shape, settings)
+    ids = torch.randint(*TEXT, (4, 64), device=settings.device)
+    common = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False}
+
+    def step(model: PreTrainedModel, slots: int = 0, **options: Any) -> float:
+        clock = StepClock(settings.clock)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **common, **options)
+        written = output if torch.is_tensor(output) else output.sequences
+        found = int((written == processor().latent_token_id).sum())
+        if found != slots * len(ids):
+            raise RuntimeError(f"{found} slots in {steps} steps of {len(ids)} rows, expected {slots} a row")
+        return clock.median_step()
+
+    span = {"latent_strategy": "dynamic", "force_span": True, "max_latent_steps": steps, "slots": steps - 1}
+    arms = {
+        "stock": partial(step, stock),
+        "latent decode step": partial(step, latent, **span),
+        "latent decode step, recorded": partial(step, latent, **span, return_dict_in_generate=True),
+        "text step of a latent model": partial(step, latent, latent_strategy="dynamic", force_span=False),
+    }
+    taken = take_turns(arms, settings.repeats, settings.clock)
+    details = {**asdict(shape), "batch": 4, "prompt": 64, "steps": steps, "clock": settings.clock.kind}
+    bars = {"latent decode step": bar}
+    return [
+        Ratio(f"{name} / stock text step, hidden {shape.hidden_size}", taken[name], taken["stock"], bars.get(name),
+              clock=settings.clock.kind, details=details)
+        for name in arms if name != "stock"
+    ]  # fmt: skip
+
+
+@row("laser")
+def decode_tiny(settings: Settings) -> list[Ratio]:
+    return decode(TINY, 1.15, settings)
+
+
+@row("laser")
+def decode_512(settings: Settings) -> list[Ratio]:
+    return decode(settings.small(MEDIUM, TINY), 1.05, settings)
+
+
+def batch(shape: Shape, bar: float, settings: Settings) -> list[Ratio]:
+    """8 rows of different length with spans of 1 to 8 slots, prefill included: one left-padded batch, one by one. The
+    same text rows in the stock class say what the machine makes of a batch."""
+    steps, models = settings.small(32, 10), stock_and_latent(shape, settings)
+    prompts = [torch.randint(*TEXT, (20 + 5 * i,), device=settings.device) for i in range(8)]
+    pad = [(len(prompts[-1]) - len(prompt), 0) for prompt in prompts]
+    ids = torch.stack([functional.pad(*pair) for pair in zip(prompts, pad, strict=True)])
+    mask = torch.stack([functional.pad(torch.ones_like(p), width) for p, width in zip(prompts, pad, strict=True)])
+    options = {"do_sample": False, "max_new_tokens": steps, "min_new_tokens": steps}
+
+    def generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, slots: int | list[int]) -> None:
+        latent = {"latent_strategy": "fixed", "num_latent_steps": slots, "force_span": True}
+        model.generate(ids, attention_mask=mask, **options, **(latent if model is models[1] else {}))
+
+    def single(model: PreTrainedModel) -> None:
+        for index, prompt in enumerate(prompts):
+            generate(model, prompt[None], torch.ones_like(prompt[None]), index + 1)
+
+    names = ("batch of 8 text rows / 8 single rows, stock", "batch of 8 mixed rows / 8 single rows")
+    arms: dict[str, Callable[[], None]] = {}
+    for name, model in zip(names, models, strict=True):
+        arms[f"{name}, single"] = partial(single, model)
+        arms[f"{name}, batch"] = partial(generate, model, ids, mask, list(range(1, 9)))
+    taken = take_turns(arms, settings.repeats, settings.clock)
+    details = {**asdict(shape), "prompts": [len(p) for p in prompts], "new_tokens": 8 * steps}
+    return [  # the same number of tokens: the ratio of the speeds is that of the times, turned around
+        Ratio(f"tokens per second: {name}, hidden {shape.hidden_size}", taken[f"{name}, single"],
+              taken[f"{name}, batch"], bar if name == names[1] else None, True, clock=settings.clock.kind,
+              details=details)
+        for name in names
+    ]  # fmt: skip
+
+
+@row("laser")
+def batch_tiny(settings: Settings) -> list[Ratio]:
+    return batch(TINY, 4, settings)
+
+
+@row("laser")
+def batch_512(settings: Settings) -> list[Ratio]:
+    return batch(settings.small(MEDIUM, TINY), 3.5, settings)
+
+
+# Training ----------------------------------------------------------------------------------------------------------
+
+DWAL, TRL, ROWS, CE = "DWAL", "plain step of trl.SFTTrainer", "plain step, labelled rows only", "without latent loss"
+# What a step with DWAL is divided by, and the bar. "Plain" is cross entropy on every label, the concepts included.
+# On a CPU, TRL's kernel scores all positions, on a GPU the labelled ones: the second line is that step on any device.
+# The third trains no concept at all (latent_loss_weight=0), so there is no bar for it.
+SFT_BARS = {TRL: 1.05, ROWS: 1.05, CE: None}
+
+
+@register_objective("plain")
+class PlainObjective(LaserObjective):
+    """Cross entropy on every label."""
+
+    def ce_labels(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:
+        return labels
+
+
+def sft_batch(settings: Settings) -> dict[str, torch.Tensor]:
+    """4 rows of 512 tokens, one half a labelled response that begins with a chain of 50; no image, whose encoding
+    would be the same on both sides."""
+    length, chain, vocab = settings.small((512, 50, MEDIUM.vocab_size), (64, 8, TINY.vocab_size))
+    ids = torch.randint(REST, vocab, (4, length), generator=torch.Generator().manual_seed(0))
+    first = length // 2
+    ids[:, first], ids[:, first + chain + 1] = processor().latent_start_token_id, processor().latent_end_token_id
+    labels = ids.clone()
+    labels[:, :first] = -100
+    zeros = torch.zeros_like(ids)
+    tensors = {"input_ids": ids, "labels": labels, "attention_mask": zeros + 1, "mm_token_type_ids": zeros}
+    return {name: value.to(settings.device) for name, value in tensors.items()}
+
+
+def sft_step(arm: str, settings: Settings, folder: str, optimise: bool) -> Callable[[], None]:
+    """Forward and backward of the batch in a trainer, and with `optimise` the step of the optimiser."""
+    stock, latent = stock_and_latent(settings.small(MEDIUM, TINY), settings)
+    options = {"output_dir": folder, "use_cpu": settings.device == "cpu", "bf16": False, "report_to": "none",
+               "activation_checkpointing": False, "max_length": None}  # fmt: skip
+    # Trainers ask for data; the batch is made by hand.
+    record = make_record("0", "Where?", "Here", chain=["There", "Here"])
+    parts = {"processing_class": processor(), "data_collator": lambda rows: rows}
+    if arm == TRL:
+        turns = [{"role": role, "content": "Here"} for role in ("user", "assistant")]
+        data = records_to_dataset([record]).from_list([{"images": [], "messages": turns}])
+        trainer = trl.SFTTrainer(stock, trl.SFTConfig(**options), train_dataset=data, **parts)
+    else:
+        method = "plain" if arm == ROWS else "laser"
+        args = LatentSFTConfig(latent_method=method, latent_loss_weight=float(arm == DWAL), **options)
+        trainer = LatentSFTTrainer(latent, args, train_dataset=records_to_dataset([record]), **parts)
+    inputs, model = sft_batch(settings), trainer.model.train()
+    optimizer = trainer.create_optimizer() if optimise else None
+
+    def step() -> None:
+        model.zero_grad()
+        trainer.compute_loss(model, dict(inputs)).backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+def sft_ratios(what: str, taken: dict[str, list[float]], settings: Settings, unit: str, clock: str) -> list[Ratio]:
+    shape, tokens = settings.small(MEDIUM, TINY), sft_batch(settings)["input_ids"].numel()
+    return [
+        Ratio(f"{what}: SFT step with DWAL / {arm}", taken[DWAL], taken[arm], bar, unit=unit, clock=clock,
+              details={**asdict(shape), "tokens": tokens})
+        for arm, bar in SFT_BARS.items()
+    ]  # fmt: skip
+
+
+@row("laser")
+def sft_time(settings: Settings) -> list[Ratio]:
+    """Forward and backward. The step of the optimiser is the same on both sides: without it the ratio is stricter."""
+    with tempfile.TemporaryDirectory() as folder:
+        arms = {arm: sft_step(arm, settings, folder, optimise=False) for arm in (DWAL, *SFT_BARS)}
+        taken = take_turns(arms, settings.repeats, settings.clock)
+    return sft_ratios("time", taken, settings, "s", settings.clock.kind)
+
+
+@in_process
+def sft_peak(settings: Settings, arm: str) -> float:
+    """Peak memory in MiB of a process that takes two whole steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = sft_step(arm, settings, folder, optimise=True)
+        step(), step()
+    return peak_memory(settings.device)
+
+
+@row("laser")
+def sft_memory(settings: Settings) -> list[Ratio]:
+    arms = {arm: partial(in_fresh_process, sft_peak, settings, arm) for arm in (DWAL, *SFT_BARS)}
+    taken = take_turns(arms, min(settings.repeats, 3), settings.clock, warmup=0)
+    return sft_ratios("memory", taken, settings, "MiB", "peak of a fresh process")
+
+
+# The fused loss ----------------------------------------------------------------------------------------------------
+
+CHAINS = {"one position in ten a concept": 50, "every position a concept": 510}
+
+
+def dwal_forms(settings: Settings, chain: int) -> dict[str, Callable[[], None]]:
+    """DWAL, forward and backward: from hidden states (fused), and from the logits of all positions (naive)."""
+    vocab, size = settings.small((152_064, 128), (2_048, 32))
+    ids = torch.randint(10, vocab, (4, 512), device=settings.device)
+    ids[:, 0 if chain == 510 else 20] = 3
+    ids[:, (0 if chain == 510 else 20) + chain + 1] = 5
+    rows = find_latent_rows(functional.pad(ids, (1, 0), value=7), start_id=3, end_id=5, window_size=16)
     options = DwalOptions(window_size=16)
-    hidden = torch.randn(4, tokens // 4, hidden_size, requires_grad=True)
-    weight = (torch.randn(vocab_size, hidden_size) * 0.02).requires_grad_()
+    hidden = torch.randn(4, 513, size, device=settings.device, dtype=settings.dtype, requires_grad=True)
+    weight = torch.randn(vocab, size, device=settings.device, dtype=settings.dtype).mul_(0.02).requires_grad_()
+    for tensor in (hidden, weight):
+        tensor.grad = torch.zeros_like(tensor)
 
     def fused() -> None:
         fused_dwal_loss(rows.select(hidden), weight, None, rows, options).loss.backward()
 
     def naive() -> None:
-        logits = functional.linear(hidden, weight).float()
-        dwal_loss(rows.select(logits), rows, options).loss.backward()
+        dwal_loss(rows.select(functional.linear(hidden, weight)), rows, options).loss.backward()
 
-    return paired("fused DWAL / naive DWAL on full logits", fused, naive, repeats)
-
-
-def laser(repeats: int) -> list[Row]:
-    """The rows that apply to LASER."""
-    small, medium = build_model(64, 2, 1_024), build_model(512, 8, 32_000)
-    return [
-        decode_step(small, repeats, "hidden 64"),
-        decode_step(medium, repeats, "hidden 512"),
-        batched(small, repeats, "hidden 64"),
-        batched(medium, repeats, "hidden 512"),
-        fused_dwal(repeats),
-    ]
+    return {"fused": fused, "naive": naive}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=["laser"], help="which rows to run")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs per row")
-    parser.add_argument("--json", type=Path, default=None, help="write the rows to this file")
-    args = parser.parse_args()
-    rows = laser(args.repeats)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.repeats} pairs a row")
-    for row in rows:
-        print(
-            f"{row.name:<56} {row.ratio:6.3f}  [{row.low:.3f}, {row.high:.3f}]"
-            f"  {row.first_s:8.3f} s / {row.second_s:8.3f} s"
-        )
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+@row("laser")
+def fused_time(settings: Settings) -> list[Ratio]:
+    lines = []
+    for case, chain in CHAINS.items():
+        taken = take_turns(dwal_forms(settings, chain), settings.repeats, settings.clock)
+        name = f"time: fused DWAL / naive on full logits, {case}"
+        lines.append(Ratio(name, taken["fused"], taken["naive"], 1, clock=settings.clock.kind))
+    return lines
+
+
+@in_process
+def fused_peak(settings: Settings, arm: str) -> float:
+    """MiB by which one call raises the peak of a process that already holds inputs, head and their gradients."""
+    form, case = arm.split(": ")
+    call = dwal_forms(settings, CHAINS[case])[form]
+    before = peak_memory(settings.device)
+    call()
+    return peak_memory(settings.device) - before
+
+
+@row("laser")
+def fused_memory(settings: Settings) -> list[Ratio]:
+    lines = []
+    for case in CHAINS:
+        arms = {
+            form: partial(in_fresh_process, fused_peak, settings, f"{form}: {case}") for form in ("fused", "naive")
+        }
+        taken = take_turns(arms, min(settings.repeats, 3), settings.clock, warmup=0)
+        name = f"memory: fused DWAL / naive on full logits, {case}"
+        lines.append(Ratio(name, taken["fused"], taken["naive"], 0.2, unit="MiB", clock="rise in a fresh process"))
+    return lines
+
+
+# Import ------------------------------------------------------------------------------------------------------------
+
+
+@row("laser")
+def import_time(settings: Settings) -> list[Ratio]:
+    arms = {
+        "ours": partial(processor_seconds, "import modeling_latent"),
+        "stock": partial(processor_seconds, "import torch; from transformers import PreTrainedModel"),
+    }
+    taken = take_turns(arms, settings.repeats, settings.clock)
+    name = "import modeling_latent / import of torch and transformers' PreTrainedModel"
+    return [Ratio(name, taken["ours"], taken["stock"], 1.2, clock="cpu of fresh processes")]
 
 
 if __name__ == "__main__":
-    main()
+    run(description=__doc__)
