@@ -5,6 +5,7 @@ A *method* (LASER, LVR, ...) is data here: the names of its marker tokens, its d
 The decode path reads these fields and knows no method by name.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +14,36 @@ from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen
 
 
 @dataclass(frozen=True)
+class PublishedLayout:
+    """How the published code of a method saves a model, in terms of ours.
+
+    Args:
+        token_ids: latent field of our configuration to key of the published `config.json`. A folder that has all these
+            keys is of this method.
+        fields: published configuration to further latent fields.
+        keys: further keys that our configuration replaces.
+        tensors: pattern of a published tensor name to our name.
+    """
+
+    token_ids: dict[str, str]
+    fields: Callable[[PreTrainedConfig], dict[str, Any]]
+    keys: tuple[str, ...] = ()
+    tensors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LatentMethod:
     """What a published method fixes in a model: its marker tokens, its decoding defaults and its latent head.
 
     Args:
         name: key of the table, e.g. `"laser"`.
-        tokens: role (`"start"`, `"slot"`, `"end"`, `"patch"`) to token string, **in the order in which they are
-            added** to the tokenizer (the order fixes the ids).
+        tokens: role (`"start"`, `"slot"`, `"latent_end"`, `"end"`, `"patch"`) to token string, **in the order in which
+            they are added** to the tokenizer (the order fixes the ids).
         generation: defaults of the options of `generate` (see `latent_strategies.py`), saved with the model.
         head: name in the table of latent heads (see `latent_heads.py`), `None` for the hidden state as it is.
         source: paper.
+        aliases: names of strategies in the published code of this method, where they differ from the table's.
+        published: layout of its published checkpoints, where that is not the stock one with another tokenizer.
     """
 
     name: str
@@ -30,6 +51,8 @@ class LatentMethod:
     generation: dict[str, Any] = field(default_factory=dict)
     head: str | None = None
     source: str = ""
+    aliases: dict[str, str] = field(default_factory=dict)
+    published: PublishedLayout | None = None
 
 
 LATENT_METHODS: dict[str, LatentMethod] = {}
@@ -74,6 +97,49 @@ register_latent_method(
     )
 )
 
+
+def _lvr_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Latent head and end vector of a published LVR configuration."""
+    head = getattr(config, "lvr_head_type", "simple") if getattr(config, "lvr_head", False) else None
+    return {"latent_head": head, "latent_stop_vector": bool(getattr(config, "latent_end_token", False))}
+
+
+register_latent_method(
+    LatentMethod(
+        name="lvr",
+        tokens={
+            "start": "<|lvr_start|>",
+            "slot": "<|lvr|>",
+            "latent_end": "<|lvr_latent_end|>",
+            "end": "<|lvr_end|>",
+        },
+        generation={"latent_strategy": "fixed", "num_latent_steps": 8},
+        source="Latent Visual Reasoning, arXiv 2509.24251",
+        aliases={"latent": "end_vector"},
+        published=PublishedLayout(
+            token_ids={
+                "latent_start_token_id": "lvr_start_id",
+                "latent_token_id": "lvr_id",
+                "latent_stop_token_id": "lvr_latent_end_id",
+                "latent_end_token_id": "lvr_end_id",
+            },
+            fields=_lvr_fields,
+            keys=("lvr_head", "lvr_head_type", "latent_end_token"),
+            tensors={r"^lvr_head\.": "latent_head.", r"^lvr_latent_end_emb$": "latent_stop_vector.weight"},
+        ),
+    )
+)
+
+
+def published_method(config: PreTrainedConfig) -> LatentMethod | None:
+    """The method whose published code wrote a stock configuration, `None` for a plain stock one."""
+    for method in LATENT_METHODS.values():
+        if method.published and all(hasattr(config, key) for key in method.published.token_ids.values()):
+            return method
+    return None
+
+
+HEAD_TIMINGS = ("train", "reference")
 _LATENT_FIELDS = (
     "latent_token_id",
     "latent_start_token_id",
@@ -82,6 +148,9 @@ _LATENT_FIELDS = (
     "latent_method",
     "latent_head",
     "latent_generation",
+    "latent_stop_token_id",
+    "latent_stop_vector",
+    "latent_head_timing",
 )
 
 
@@ -99,6 +168,11 @@ class LatentConfigMixin(PreTrainedConfig):
             hidden state as it is.
         latent_generation: decoding defaults of the method; an entry of `generation_config.json` or an argument of
             `generate` wins over them.
+        latent_stop_token_id: id behind the last slot, before the end marker, for methods that write one there.
+        latent_stop_vector: whether the model has a learned vector that ends a span when a slot comes near it.
+        latent_head_timing: which states meet the latent head. `"train"`: those that are fed, as in training.
+            `"reference"`: those that a slot returned, before the LM head reads them, as in the published LVR decoder;
+            the first slot of a span is then fed a state that no head has seen.
 
     Class attributes of a family: `model_type` (also the name of its file) and `model_class`, the name of the head
     class in that file.
@@ -113,14 +187,29 @@ class LatentConfigMixin(PreTrainedConfig):
     latent_method: str | None = None
     latent_head: str | None = None
     latent_generation: dict | None = None
+    latent_stop_token_id: int | None = None
+    latent_stop_vector: bool = False
+    latent_head_timing: str = "train"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.latent_generation = dict(self.latent_generation or {})
-        ids = [self.latent_token_id, self.latent_start_token_id, self.latent_end_token_id, self.latent_patch_token_id]
+        ids = [
+            self.latent_token_id,
+            self.latent_start_token_id,
+            self.latent_end_token_id,
+            self.latent_patch_token_id,
+            self.latent_stop_token_id,
+        ]
         known = [i for i in ids if i is not None]
         if len(set(known)) != len(known):
-            raise ValueError(f"latent token ids must differ from each other, got {ids}; give each role its own token")
+            raise ValueError(
+                f"latent token ids must differ from each other, got {known}; give each role its own token"
+            )
+        if self.latent_head_timing not in HEAD_TIMINGS:
+            raise ValueError(
+                f"latent_head_timing={self.latent_head_timing!r} is unknown; choose one of {list(HEAD_TIMINGS)}"
+            )
         reference = self._auto_map_reference()
         if reference:
             self.auto_map = {**reference, **(getattr(self, "auto_map", None) or {})}
@@ -146,7 +235,8 @@ class LatentConfigMixin(PreTrainedConfig):
 
         Args:
             stock_config: e.g. a `Qwen2_5_VLConfig`.
-            method: name in `LATENT_METHODS`; fills `latent_method`, `latent_head` and `latent_generation`.
+            method: name in `LATENT_METHODS`; fills `latent_method`, `latent_head` and `latent_generation`. What a
+                published configuration of this method says goes into ours.
             latent_fields: any field of this class; wins over the method's.
 
         Raises:
@@ -167,11 +257,20 @@ class LatentConfigMixin(PreTrainedConfig):
         if method is not None:
             entry = get_latent_method(method)
             values.update(latent_method=entry.name, latent_head=entry.head, latent_generation=dict(entry.generation))
+            if published_method(stock_config) == entry:
+                values.update(entry.published.fields(stock_config))
+                for key in (*entry.published.token_ids.values(), *entry.published.keys):
+                    values.pop(key, None)
         values.update(latent_fields)
         config = cls(**values)
         if stock_config._attn_implementation is not None:
             config._attn_implementation = stock_config._attn_implementation
         return config
+
+    def strategy_of_method(self, name: str) -> str:
+        """Name in the table of strategies of what the published code of the model's method calls `name`."""
+        method = LATENT_METHODS.get(self.latent_method or "")
+        return name if method is None else method.aliases.get(name, name)
 
     def require_latent_tokens(self) -> None:
         """Raise when the folder that this configuration came from has no latent tokens.
@@ -219,6 +318,8 @@ __all__ = [
     "LatentQwen2VLConfig",
     "LatentQwen2_5_VLConfig",
     "LatentQwen3VLConfig",
+    "PublishedLayout",
     "get_latent_method",
+    "published_method",
     "register_latent_method",
 ]

@@ -1,4 +1,4 @@
-"""From a stock checkpoint folder to a latent model in one call."""
+"""From a stock or published checkpoint folder to a latent model in one call."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from .configuration_latent import (
     LatentQwen2_5_VLConfig,
     LatentQwen2VLConfig,
     LatentQwen3VLConfig,
+    PublishedLayout,
     get_latent_method,
+    published_method,
 )
 from .generation_latent import saved_generation_config
 from .modeling_latent_qwen2_5_vl import LatentQwen2_5_VLForConditionalGeneration
@@ -41,20 +43,27 @@ def latent_classes(model_type: str, source: str) -> tuple[type, type[PreTrainedM
 
 def convert_stock_checkpoint(
     name_or_path: str | Path,
-    method: str = "laser",
+    method: str | None = None,
     processor: LatentProcessor | None = None,
     revision: str | None = None,
     weights: bool = True,
+    latent_fields: dict[str, Any] | None = None,
     **model_kwargs: Any,
 ) -> tuple[PreTrainedModel, LatentProcessor]:
     """Load a stock checkpoint as a latent model with the method's marker tokens.
 
+    A folder written by the published code of a method (LVR: `lvr_*` keys in `config.json`) becomes a model of that
+    method, with its latent head and its end vector; saved again it has our layout.
+
     Args:
         name_or_path: folder or Hub repository of a stock model (weights, tokenizer, image processor).
-        method: name in `LATENT_METHODS`; fixes tokens, head and decoding defaults.
+        method: name in `LATENT_METHODS`; fixes tokens, head and decoding defaults. Default: the method whose published
+            code wrote the folder, else `"laser"`.
         processor: a processor to use instead of the folder's.
         revision: branch, tag or commit of the Hub repository, for configuration, tokenizer, images and weights alike.
         weights: `False` builds the model on the meta device from its configuration; no weight is read or downloaded.
+        latent_fields: latent fields of the configuration that win over the method's, e.g. `{"latent_head": "simple",
+            "latent_stop_vector": True}`; what the folder lacks is drawn at random.
         model_kwargs: for `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Returns:
@@ -63,10 +72,20 @@ def convert_stock_checkpoint(
         are drawn as the model initialises embeddings.
 
     Raises:
-        ValueError: a family without a latent class, a folder without a configuration, or one that is latent already.
+        ValueError: a family without a latent class, a folder without a configuration, one that is latent already, or
+            a published one of another method, with other token ids than its tokenizer, or with tensors that do not
+            fit its configuration.
     """
-    entry = get_latent_method(method)
     stock_config = _read_config(name_or_path, revision)
+    published = published_method(stock_config)
+    if method is None:
+        method = "laser" if published is None else published.name
+    entry = get_latent_method(method)
+    if published is not None and published != entry:
+        raise ValueError(
+            f"{name_or_path} is a published checkpoint of {published.name!r}, and method={method!r} would drop what "
+            f"it has learned; leave method out, or convert the stock model with method={method!r}"
+        )
     if stock_config.model_type.startswith("latent_"):
         raise ValueError(
             f"{name_or_path} is a latent model already (method {stock_config.latent_method!r}); load it with AutoModel"
@@ -83,8 +102,15 @@ def convert_stock_checkpoint(
         latent_start_token_id=processor.latent_start_token_id,
         latent_end_token_id=processor.latent_end_token_id,
         latent_patch_token_id=processor.latent_patch_token_id,
+        latent_stop_token_id=processor.latent_stop_token_id,
+        **(latent_fields or {}),
     )
-    if weights:
+    if published is not None:
+        _check_token_ids(stock_config, config, published.published, str(name_or_path))
+    if weights and published is not None:
+        drawn = ("latent_head.", "latent_stop_vector.") if latent_fields else ()
+        model = load_published(model_class, config, published.published, name_or_path, revision, drawn, **model_kwargs)
+    elif weights:
         model = model_class.from_pretrained(name_or_path, config=config, revision=revision or "main", **model_kwargs)
     else:
         model = build_without_weights(model_class, config, name_or_path, **model_kwargs)
@@ -93,6 +119,53 @@ def convert_stock_checkpoint(
             model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     model.generation_config = saved_generation_config(model.generation_config, **entry.generation)
     return model, processor
+
+
+def _check_token_ids(published: Any, config: Any, layout: PublishedLayout, name: str) -> None:
+    """Refuse a folder whose configuration and tokenizer disagree: its rows would be read for other tokens."""
+    for field, key in layout.token_ids.items():
+        if getattr(published, key) != getattr(config, field):
+            raise ValueError(
+                f"{name}: config.json says {key}={getattr(published, key)}, its tokenizer {getattr(config, field)}; "
+                "give the folder the tokenizer that it was trained with"
+            )
+
+
+def load_published(
+    model_class: type[PreTrainedModel],
+    config: Any,
+    layout: PublishedLayout,
+    name_or_path: str | Path,
+    revision: str | None,
+    drawn: tuple[str, ...],
+    **model_kwargs: Any,
+) -> PreTrainedModel:
+    """Load the tensors of a published folder, all of them and nothing else; `drawn` are the beginnings of the names
+    of tensors that it may lack.
+
+    Raises:
+        ValueError: tensors that the model has no place for, that the folder lacks, or of another shape.
+    """
+    model, found = model_class.from_pretrained(
+        name_or_path,
+        config=config,
+        revision=revision or "main",
+        key_mapping=layout.tensors,
+        output_loading_info=True,
+        **model_kwargs,
+    )
+    wrong = {kind: sorted(map(str, found[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    wrong["missing"] = [name for name in wrong["missing"] if not name.startswith(drawn)]
+    if any(wrong.values()):
+        raise ValueError(
+            f"{name_or_path}: the tensors do not fit its config.json: missing {wrong['missing'][:3]}, without a place "
+            f"{wrong['unexpected'][:3]}, of another shape {wrong['mismatched'][:3]}; correct its settings "
+            f"{list(layout.keys)}, or pass latent_fields={{...}} to draw what is missing"
+        )
+    # What was renamed to our layout stays so when the model is saved.
+    renamings = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [one for one in renamings if not set(one.source_patterns) & set(layout.tensors)]
+    return model
 
 
 def build_without_weights(

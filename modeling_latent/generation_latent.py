@@ -255,7 +255,7 @@ class LatentGenerationMixin(GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         saved, method = vars(generation_config), self.config.latent_generation or {}
         name = name or saved.get("latent_strategy") or method.get("latent_strategy") or "off"
-        options = resolve_latent_options(name, given, [saved, method])
+        options = resolve_latent_options(self.config.strategy_of_method(name), given, [saved, method])
         if name != options.strategy.name:
             logger.info(f"latent_strategy={name!r} is called {options.strategy.name!r} here")
         if options.strategy.opens_span:

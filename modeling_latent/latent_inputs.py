@@ -119,7 +119,28 @@ class LatentInputsMixin:
 
 
 class LatentHeadMixin:
-    """For a head class: logits at the kept positions, the loss on labelled rows only, and the latent states."""
+    """For a head class: logits at the kept positions, the loss on labelled rows only, and the latent states.
+
+    Class attributes:
+        head_at_slots: the latent head stands before the LM head, at slots only (`config.latent_head_timing ==
+            "reference"`); otherwise it stands before the next input.
+    """
+
+    head_at_slots: bool = False
+
+    def slot_hidden_states(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.LongTensor | None,
+        latent_embeds: torch.Tensor | None,
+        latent_mask: torch.BoolTensor | None,
+    ) -> torch.Tensor:
+        """Hidden states `(batch, length, hidden)` as the LM head reads them, given the latents of this forward."""
+        if not self.head_at_slots or latent_embeds is None:
+            return hidden_states
+        if latent_mask is None:
+            latent_mask = latent_positions(input_ids, (self.config.latent_token_id, self.config.latent_patch_token_id))
+        return torch.where(latent_mask.unsqueeze(-1), self.latent_head(hidden_states), hidden_states)
 
     def project_hidden_states(
         self,
@@ -154,5 +175,8 @@ class LatentHeadMixin:
         return loss, logits, kept
 
     def latent_step(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The vector that one latent step feeds: hidden state(s) `(..., hidden)` through the latent head, if any."""
-        return hidden_states if self.latent_head is None else self.latent_head(hidden_states)
+        """The vector that one latent step feeds: hidden state(s) `(..., hidden)` through the latent head, if any.
+
+        With `latent_head_timing="reference"` the head has had its turn where it belongs, and states are fed as they
+        are."""
+        return hidden_states if self.latent_head is None or self.head_at_slots else self.latent_head(hidden_states)

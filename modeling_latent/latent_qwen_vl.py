@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -22,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .generation_latent import LatentGenerationMixin
 from .latent_heads import build_latent_head
 from .latent_inputs import LatentCausalLMOutputWithPast, LatentHeadMixin, LatentInputsMixin
+from .latent_lvr import LatentStopVector
 
 _PLACEHOLDERS: ContextVar[torch.LongTensor | None] = ContextVar("latent_placeholders", default=None)
 _NO_TOKEN = -1
@@ -129,11 +131,28 @@ class LatentQwenVLHeadMixin(LatentGenerationMixin, LatentHeadMixin):
     """For a head class, before the stock one; its `__init__` builds the backbone and calls `build_heads`."""
 
     def build_heads(self, config: Any) -> None:
-        """The LM head of the stock class and the latent head, if the configuration names one; initialises weights."""
+        """The LM head of the stock class, and the latent head and the vector that ends a span, if the configuration
+        names them; initialises weights."""
         text = config.get_text_config()
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.latent_head = build_latent_head(config)
+        self.latent_stop_vector = LatentStopVector(text.hidden_size) if config.latent_stop_vector else None
+        self.head_at_slots = self.latent_head is not None and config.latent_head_timing == "reference"
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the stock class; layers of the latent head as PyTorch makes them, the end vector at random."""
+        super()._init_weights(module)
+        if isinstance(module, LatentStopVector):
+            direction = torch.randn_like(module.weight, dtype=torch.float32)
+            length = direction.norm().clamp(min=1e-12)
+            init.copy_(module.weight, direction / length * module.weight.numel() ** 0.5)
+        elif isinstance(module, nn.Linear) and self.latent_head is not None:
+            if any(module is layer for layer in self.latent_head.modules()):
+                init.kaiming_uniform_(module.weight, a=5**0.5)
+                if module.bias is not None:
+                    init.uniform_(module.bias, -(module.in_features**-0.5), module.in_features**-0.5)
 
     def forward(
         self,
@@ -183,7 +202,8 @@ class LatentQwenVLHeadMixin(LatentGenerationMixin, LatentHeadMixin):
             latent_mask=latent_mask,
             **kwargs,
         )
-        loss, logits, kept = self.project_hidden_states(outputs[0], labels, logits_to_keep, num_items_in_batch)
+        hidden_states = self.slot_hidden_states(outputs[0], input_ids, latent_embeds, latent_mask)
+        loss, logits, kept = self.project_hidden_states(hidden_states, labels, logits_to_keep, num_items_in_batch)
         output = LatentCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

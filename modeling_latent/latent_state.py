@@ -58,7 +58,7 @@ def _close_reason(closing: torch.BoolTensor, fired: list[torch.BoolTensor]) -> t
 
 
 class _Step(LatentStep):
-    """A step whose `recent` is worked out when a rule asks for it: it is given as a function."""
+    """A step whose `recent` and `before` are worked out when a rule asks for them: they are given as functions."""
 
     @property
     def recent(self) -> torch.LongTensor:
@@ -67,6 +67,14 @@ class _Step(LatentStep):
     @recent.setter
     def recent(self, value: Callable[[], torch.LongTensor]) -> None:
         self._recent = value
+
+    @property
+    def before(self) -> torch.Tensor | None:
+        return self._before()
+
+    @before.setter
+    def before(self, value: Callable[[], torch.Tensor | None]) -> None:
+        self._before = value
 
 
 class LatentState:
@@ -121,6 +129,9 @@ class LatentState:
         self._advanced: tuple[int, torch.BoolTensor, bool] | None = None
         self._states = self._hidden = self._logits = self._banned = None
         self._single: dict[int, torch.Tensor] = {}  # scores that leave one id
+        # (length, latent states) of the last forward and of the one before it, for strategies that read them
+        self._last_states: tuple[int, torch.Tensor] | None = None
+        self._earlier_states: tuple[int, torch.Tensor] | None = None
 
     # --- views by position ---
 
@@ -241,6 +252,8 @@ class LatentState:
     def observe(self, outputs: Any) -> None:
         """Keep what a forward returned; record outputs at slots for the trace."""
         self._states, self._hidden, self._logits = outputs.latent_states, outputs.last_hidden_state, outputs.logits
+        if self.strategy.reads_before:  # copies: a compiled forward may write the next states into the same memory
+            self._earlier_states, self._last_states = self._last_states, (self.length, self._states.clone())
         if self.keep_trace and self.records:
             kept = self._hidden.shape[1]
             for position in range(max(self.length - kept, self.prompt_length), self.length):
@@ -271,6 +284,8 @@ class LatentState:
         for position in sorted(self.rows)[-2:]:
             self.rows[position] = self.rows[position].gather(beam_idx)
         self.vectors = {position: vector.index_select(0, beam_idx) for position, vector in self.vectors.items()}
+        if self._last_states is not None:
+            self._last_states = self._last_states[0], self._last_states[1].index_select(0, beam_idx)
 
     def forget(self, length: int) -> None:
         """Drop what was decided from position `length` on: drafts of assisted decoding that were rejected."""
@@ -296,12 +311,13 @@ class LatentState:
                 any_open = self.options.values.force_span or bool(is_open.any())
         for kept in (self.rows, self.records, self.vectors):
             kept.pop(position, None)
+        fed = self.vectors.get(position - 1)
         if self.use_cache:
             self.vectors.clear()
         if any_open is False and self.row_options.latent_answer_ids is None:
             return scores
         last = self._last_rows(position)
-        step, forced = self._begin(input_ids, scores, is_open, last)
+        step, forced = self._begin(input_ids, scores, is_open, last, fed)
         fired = [STOP_RULES[name](step) for name in self.strategy.stops]
         closing = is_open & functools.reduce(torch.bitwise_or, fired) if fired else torch.zeros_like(is_open)
         step.is_slot = is_open ^ closing  # only open rows close
@@ -324,6 +340,7 @@ class LatentState:
         scores: torch.Tensor,
         is_open: torch.BoolTensor,
         last: _Rows,
+        fed: torch.Tensor | None,
     ) -> tuple[LatentStep, torch.LongTensor | None]:
         """The step as the rules see it, and the ids forced on text rows (-1: free; `None`: none is)."""
         values, position = self.row_options, input_ids.shape[1]
@@ -347,8 +364,23 @@ class LatentState:
             latent=self._states[:, position - self.length - 1].to(scores.device),
             options=values,
             config=self.config,
+            before=functools.partial(self._vector_before, position, last.is_slot, fed),
         )
         return step, forced
+
+    def _vector_before(
+        self, position: int, is_slot: torch.BoolTensor, fed: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """`(R, H)` what was fed at the position before where it is a slot, else the state that chose it."""
+        if position <= self.prompt_length:
+            return None
+        chosen = None
+        for length, states in filter(None, (self._last_states, self._earlier_states)):
+            if chosen is None and 0 < length + 2 - position <= states.shape[1]:
+                chosen = states[:, position - 2 - length]
+        if chosen is None or fed is None:
+            return chosen
+        return torch.where(is_slot.unsqueeze(-1), fed.to(chosen), chosen)
 
     def _recent(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         length = input_ids.shape[1]
@@ -374,7 +406,8 @@ class LatentState:
             said=step.said,
             pending=pending,
         )
-        self.vectors[position] = step.latent = self._slot_vector(step)
+        vector = self._slot_vector(step)
+        self.vectors[position] = step.latent = vector.clone() if self.strategy.reads_before else vector
 
     def _slot_vector(self, step: LatentStep) -> torch.Tensor:
         """Noise, then trace hook, then the vector `(R, H)` to feed; read only where a row becomes a slot."""

@@ -34,6 +34,8 @@ class LatentStep:
         is_slot: `(R,)` bool, rows whose position `T` becomes a slot; filled for the trace hook, `None` for stop rules.
         options: the options of this call; per-row options are tensors `(R,)`.
         config: the model's configuration (token ids).
+        before: `(R, H)` vector of the position before: what was fed there, where it is a slot, else the latent state
+            that chose it; `None` at the first step after the prompt, and unless the strategy `reads_before`.
     """
 
     input_ids: torch.LongTensor
@@ -48,6 +50,7 @@ class LatentStep:
     options: SimpleNamespace
     config: Any
     is_slot: torch.BoolTensor | None = None
+    before: torch.Tensor | None = None
 
     @property
     def position(self) -> int:
@@ -229,10 +232,11 @@ class LatentStrategy:
         forced: rules after which `latent_answer_ids` are forced.
         writes_end: the close writes the end marker; otherwise the position after the last slot is ordinary text.
         opens_span: `False` for `off`: no span can open.
-        layout: for methods whose slots stand in the prompt: `(model, model_kwargs, options) -> model_kwargs` may
-            extend
-            `input_ids`, `attention_mask` and `mm_token_type_ids` by slots and set `latent_embeds` (a search over
-            latents runs here too).
+        reads_before: a stop rule reads `LatentStep.before`, which is not kept otherwise.
+        layout: `(model, model_kwargs, options) -> model_kwargs` at the start of a call: refuses a model that the
+            strategy cannot work with and takes from it what the stop rules need; for methods whose slots stand in the
+            prompt it may extend `input_ids`, `attention_mask` and `mm_token_type_ids` by slots and set
+            `latent_embeds` (a search over latents runs here too).
         prefill: for slots that depend on each other: `(model, stock_prefill, input_ids, generation_config,
             model_kwargs, options, **stock_options) -> outputs` runs the prompt in segments over one cache;
             `stock_prefill(input_ids, generation_config, model_kwargs, **stock_options)` is the stock function.
@@ -247,6 +251,7 @@ class LatentStrategy:
     forced: tuple[str, ...] = ()
     writes_end: bool = True
     opens_span: bool = True
+    reads_before: bool = False
     layout: Callable[..., dict[str, Any]] | None = None
     prefill: Callable[..., Any] | None = None
 

@@ -14,11 +14,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
+from .configuration_latent import published_method
 from .conversion_latent import build_without_weights, convert_stock_checkpoint, latent_classes
 from .processing_latent import LatentProcessor
 
 ADAPTER_MODES = ("attach", "merge", "skip")
-_IDS = ("latent_start_token_id", "latent_token_id", "latent_end_token_id", "latent_patch_token_id")
+_IDS = (
+    "latent_start_token_id",
+    "latent_token_id",
+    "latent_end_token_id",
+    "latent_patch_token_id",
+    "latent_stop_token_id",
+)
 
 
 def load_latent_model(
@@ -35,7 +42,8 @@ def load_latent_model(
     """Load a model that reasons in latents, with its processor.
 
     Args:
-        name_or_path: folder or Hub repository of a latent checkpoint, a stock one (give `method`), or an adapter.
+        name_or_path: folder or Hub repository of a latent checkpoint, one written by the published code of a method,
+            a stock one (give `method`), or an adapter.
         method: name in `LATENT_METHODS`, for a stock checkpoint; a latent one and an adapter say it themselves.
         adapter: `"attach"` puts the adapter's modules into the model (`disable_adapters()` switches them off),
             `"merge"` folds them into the weights, `"skip"` returns the base as the adapter needs it.
@@ -43,7 +51,8 @@ def load_latent_model(
         revision: branch, tag or commit of `name_or_path`. The base of an adapter has its own, in the adapter.
         weights: `False` builds the model on the meta device: no weight is read or downloaded, no adapter put on.
         trust_remote_code: as in `from_pretrained`; the classes of this library do not need it.
-        model_kwargs: for `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
+        model_kwargs: for `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...), and `latent_fields`
+            for a stock checkpoint (see [`convert_stock_checkpoint`]).
 
     Raises:
         ValueError: a stock checkpoint without `method`, an unknown mode, an adapter whose base is missing or does not
@@ -55,6 +64,8 @@ def load_latent_model(
     name = str(name_or_path)
     settings = adapter_settings(name, revision)
     options = {"weights": weights, "trust_remote_code": trust_remote_code, **model_kwargs}
+    if settings is not None and model_kwargs.get("latent_fields"):
+        raise ValueError(f"{name} is an adapter and has its own latent fields; leave latent_fields out")
     if settings is None:
         if base_model is not None:
             raise ValueError(f"base_model={str(base_model)!r}: {name} is no adapter; leave base_model out")
@@ -89,7 +100,7 @@ def _load_whole(
     code = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name, **code)
     if not config.model_type.startswith("latent_"):
-        if method is None:
+        if method is None and published_method(config) is None:
             latent_classes(config.model_type, name)
             raise ValueError(
                 f"{name} is a stock {config.model_type!r} checkpoint without latents; give the method that it is to "
@@ -97,6 +108,10 @@ def _load_whole(
             )
         return convert_stock_checkpoint(
             name, method=method, processor=processor, revision=revision, weights=weights, **model_kwargs
+        )
+    if model_kwargs.pop("latent_fields", None):
+        raise ValueError(
+            f"{name} is a latent model already; latent_fields are for a stock checkpoint, change config.json instead"
         )
     if processor is None:
         processor = LatentProcessor.from_pretrained(name, revision=revision or "main")
@@ -126,7 +141,8 @@ def _load_base(
     method = getattr(saved, "latent_method", None) or method
     base_revision = settings.get("revision") if base_model is None else None
     processor = LatentProcessor.from_pretrained(name, revision=revision or "main")
-    model, processor = _load_whole(base, method, processor, base_revision, **options)
+    fields = _fields_of_base(name, saved, settings, base, base_revision)
+    model, processor = _load_whole(base, method, processor, base_revision, latent_fields=fields, **options)
     for field in _IDS:
         expected, found = getattr(saved, field, getattr(processor, field)), getattr(model.config, field)
         if expected != found:
@@ -140,6 +156,28 @@ def _load_base(
     ):
         model.generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
     return model, processor
+
+
+def _fields_of_base(
+    name: str, saved: Any, settings: dict[str, Any], base: str, revision: str | None
+) -> dict[str, Any] | None:
+    """Latent fields that an adapter needs of a stock base: its latent head and its end vector.
+
+    Raises:
+        ValueError: parts that neither the adapter nor the base holds: they would be drawn at random.
+    """
+    config = AutoConfig.from_pretrained(base, revision=revision or "main")
+    if config.model_type.startswith("latent_") or published_method(config) is not None:
+        return None
+    parts = [field for field in ("latent_head", "latent_stop_vector") if getattr(saved, field, None)]
+    lost = sorted(set(parts) - set(settings.get("modules_to_save") or []))
+    if lost:
+        raise ValueError(
+            f"{name} was trained with {lost}, which neither it nor its base {base} holds; train the adapter with "
+            f"modules_to_save={lost}, or save the base with these parts first"
+        )
+    timing = {"latent_head_timing": saved.latent_head_timing} if parts else {}
+    return {**{field: getattr(saved, field) for field in parts}, **timing}
 
 
 def _saved_config(name: str, revision: str | None) -> Any:

@@ -29,7 +29,7 @@ DEFAULT_LATENT_TOKENS: dict[str, str] = {
     "end": "<|latent_end|>",
 }
 REQUIRED_ROLES = ("start", "slot", "end")
-OPTIONAL_ROLES = ("patch",)
+OPTIONAL_ROLES = ("patch", "latent_end")
 
 _DEFAULT_SYSTEM_TURN = (
     "{% if loop.first and message['role'] != 'system' %}"
@@ -105,7 +105,8 @@ class LatentProcessor(ProcessorMixin):
             text is kept with a warning.
         latent_tokens: role to token string, in the order in which new tokens are added (the order fixes the ids). The
             roles are `"start"` and `"end"` (they open and close a span), `"slot"` (a position fed by a vector) and,
-            where a method inserts image embeddings into the span, `"patch"`. Default: `DEFAULT_LATENT_TOKENS`.
+            where a method inserts image embeddings into the span, `"patch"`; where it writes a token between the last
+            slot and the end, `"latent_end"`. Default: `DEFAULT_LATENT_TOKENS`.
 
     Raises:
         ValueError: for a wrong `latent_tokens` or a tokenizer without image token.
@@ -214,6 +215,11 @@ class LatentProcessor(ProcessorMixin):
     def latent_patch_token_id(self) -> int | None:
         """Id of an image embedding inserted into a span; `None` for methods without."""
         return self._latent_id("patch")
+
+    @property
+    def latent_stop_token_id(self) -> int | None:
+        """Id of the token between the last slot and the end; `None` for methods without."""
+        return self._latent_id("latent_end")
 
     @property
     def model_input_names(self) -> list[str]:

@@ -30,7 +30,7 @@ def _latent_model(seed: int, tie_word_embeddings: bool, family: str, fields: str
     config = config_class.from_stock(stock.config, **{**latent_token_ids(family), **json.loads(fields)})
     model = model_class(config)
     missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
-    assert not unexpected and all(name.startswith("latent_head.") for name in missing)
+    assert not unexpected and all(name.startswith(("latent_head.", "latent_stop_vector.")) for name in missing)
     model.generation_config = copy.deepcopy(stock.generation_config)
     return model.eval()
 
@@ -59,10 +59,15 @@ def liven(model: torch.nn.Module, scale: float = 4.0) -> torch.nn.Module:
 
 @lru_cache
 def tiny_pair(
-    seed: int = 0, scale: float = 4.0, family: str = DEFAULT_FAMILY
+    seed: int = 0, scale: float = 4.0, family: str = DEFAULT_FAMILY, head: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A stock and a latent model of equal, enlarged weights, built once: do not change them."""
-    return liven(tiny_stock_model(seed, family=family), scale), liven(tiny_latent_model(seed, family=family), scale)
+    """A stock and a latent model of equal, enlarged weights, built once: do not change them. A latent head is of the
+    size that it starts with."""
+    torch.manual_seed(seed)
+    latent = liven(tiny_latent_model(seed, family=family, latent_head=head), scale)
+    if head is not None:
+        liven(latent.latent_head, 1 / scale)
+    return liven(tiny_stock_model(seed, family=family), scale), latent
 
 
 def eager_assistant(model: torch.nn.Module) -> torch.nn.Module:

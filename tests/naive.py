@@ -4,7 +4,8 @@ One row, no cache, no padding, no hooks: at every step the whole sequence is emb
 overwritten by the stored vectors, and the stock language model runs over all of it again. Nothing here is shared with
 the decoding code of the library. The rules are those of LASER ("Forest Before Trees: Latent Superposition for
 Efficient Visual Reasoning", arXiv 2601.06803); with `latent_ids="readable"` and `latent_budget="reference"` they are
-exactly the rules of its reference code.
+exactly the rules of its reference code. `end_vector` and `mode_switch` are those of LVR ("Latent Visual Reasoning",
+arXiv 2509.24251); with `latent_ids="readable"` and `reference=True` they are those of its reference code.
 
 Words: a *slot* is a generated position that is fed by a vector instead of a token embedding; a *span* is a run of
 slots after one start marker; what a slot *said* is the token that the scores chose there.
@@ -66,6 +67,10 @@ def naive_generate(
     script: dict[int, int] | None = None,
     process_scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    reference: bool = False,
+    stop_vector: torch.Tensor | None = None,
+    end_threshold: float = 0.02,
+    criterion: str = "mse",
     overwrite: Callable[[int, int, torch.Tensor], torch.Tensor] | None = None,
     noise_ratio: float = 0.0,
 ) -> NaiveResult:
@@ -73,8 +78,10 @@ def naive_generate(
 
     Args:
         model: a stock model of the Qwen-VL families, or a class with the same `.model` and `.lm_head`.
-        strategy: `off` (no span opens), `fixed` (`num_latent_steps` slots after each start marker) or `dynamic` (slots
-            until the scores choose the end marker, the end is forced after `max(max_latent_steps, 1)` of them).
+        strategy: `off` (no span opens), `fixed` (`num_latent_steps` slots after each start marker), `dynamic` and
+            `mode_switch` (slots until the scores choose the end marker, the end is forced after `max(max_latent_steps,
+            1)` of them), or `end_vector` (slots until the one fed last is near `stop_vector`, at most
+            `max_latent_steps` of them; then text).
         force_span: the first token is the start marker; default true for `dynamic` only. If the prompt already ends
             with a start marker, the forced token is a slot that said the start marker.
         answer_ids: tokens forced one after the other after a forced end, or after a repetition exit of `fixed`.
@@ -85,13 +92,21 @@ def naive_generate(
         script: step -> token; the scores of all other tokens are -inf at that step, before the rules below.
         process_scores: called with the ids so far `[1, n]` and float32 scores `[1, vocabulary]`, returns scores.
         head: hidden state -> slot vector, both `[hidden]`.
+        reference: as in the published LVR code: the head changes what slots return, before `lm_head`, and a slot is
+            fed the state as it is; `end_vector` compares the state before the span too, and a start marker that a
+            slot said restarts its cap.
+        stop_vector: `[hidden]`.
+        end_threshold: how near the vector must be.
+        criterion: `mse`, `mae` (means over the vector) or `cosine` (one minus it).
         overwrite: (span, slot in the span, vector) -> the vector that is fed; applied last.
         noise_ratio: relative noise of the reference, drawn from torch's global generator (see `_noise_is_drawn`).
 
     Raises:
         ValueError: an unknown strategy or mode, or inputs that do not fit together.
     """
-    _check_options(strategy, latent_ids, latent_budget, num_latent_steps, max_new_tokens, force_span)
+    _check_options(
+        strategy, latent_ids, latent_budget, num_latent_steps, max_new_tokens, force_span, stop_vector is not None
+    )
     force_span = (strategy == "dynamic") if force_span is None else force_span
     prompt = _Prompt(model, input_ids, pixel_values, image_grid_thw)
     sequence = input_ids[0].tolist()  # ids as they are written
@@ -103,11 +118,14 @@ def naive_generate(
         never_chosen = [slot_id, start_id] if strategy == "off" else [slot_id]
     if not set(never_chosen).isdisjoint(script.values()):
         raise ValueError(f"the script {script} writes one of {never_chosen}, which are never chosen in this mode.")
-    in_span, span, slots, answer_left = False, -1, 0, []
+    in_span, span, slots, since_start, answer_left = False, -1, 0, 0, []
+    previous = None  # what the step before would have fed, or fed
     result = NaiveResult()
 
     for step in count():
         hidden = _read(model, prompt, sequence, vectors, result)
+        if head is not None and reference and in_span:
+            hidden = result.hidden[-1] = head(hidden)
         token = _choose(model, hidden, sequence, script.get(step), process_scores, never_chosen, result)
         if step == 0 and force_span:
             token = start_id
@@ -118,7 +136,7 @@ def naive_generate(
         was_in_span = in_span
         opens = strategy != "off" and not was_in_span and words[-1] == start_id
         repeats = repetition_exit and was_in_span and token == words[-1] == words[-2]
-        if strategy == "dynamic":
+        if strategy in ("dynamic", "mode_switch"):
             if was_in_span and (slots >= max(max_latent_steps, 1) or repeats):
                 token = end_id
                 answer_left = list(answer_ids or [])
@@ -127,11 +145,17 @@ def naive_generate(
             if repeats:
                 answer_left = list(answer_ids or [])
             in_span = (opens and num_latent_steps > 0) or (was_in_span and slots < num_latent_steps and not repeats)
+        elif strategy == "end_vector":
+            since_start = 0 if opens or (reference and words[-1] == start_id) else since_start + 1
+            near = (was_in_span or reference) and _is_near(previous, stop_vector, criterion, end_threshold)
+            if was_in_span and since_start >= max_latent_steps:
+                answer_left = list(answer_ids or [])
+            in_span = (was_in_span or opens) and since_start < max_latent_steps and not near
 
         # The vector of a slot is the state that predicted it.
         if opens:
             span, slots = span + 1, 0
-        vector = hidden if head is None else head(hidden)
+        vector = hidden if head is None or reference else head(hidden)
         if noise_ratio > 0 and _noise_is_drawn(strategy, was_in_span, in_span):
             vector = _add_noise(vector, noise_ratio)
         if in_span:
@@ -141,6 +165,7 @@ def naive_generate(
             vectors[len(sequence)] = vector
             result.slot_inputs.append(vector)
             result.said.append(token)
+        previous = vector
 
         sequence.append(slot_id if in_span and latent_ids == "placeholder" else token)
         words.append(token)
@@ -236,6 +261,17 @@ def _choose(
     return int(scores.argmax())
 
 
+def _is_near(vector: torch.Tensor | None, target: torch.Tensor, criterion: str, threshold: float) -> bool:
+    """Whether a vector, if there is one, is nearer to the target than the threshold."""
+    if vector is None:
+        return False
+    if criterion == "cosine":
+        distance = 1 - vector @ target / (vector.norm() * target.norm())
+    else:
+        distance = {"mse": (vector - target) ** 2, "mae": (vector - target).abs()}[criterion].mean()
+    return bool(distance < threshold)
+
+
 def _noise_is_drawn(strategy: str, was_in_span: bool, in_span: bool) -> bool:
     """When the reference draws noise.
 
@@ -257,9 +293,10 @@ def _check_options(
     num_latent_steps: int | None,
     max_new_tokens: int,
     force_span: bool | None,
+    has_stop_vector: bool,
 ) -> None:
     for name, value, allowed in (
-        ("strategy", strategy, ("off", "fixed", "dynamic")),
+        ("strategy", strategy, ("off", "fixed", "dynamic", "end_vector", "mode_switch")),
         ("latent_ids", latent_ids, ("placeholder", "readable")),
         ("latent_budget", latent_budget, ("strict", "reference")),
     ):
@@ -267,6 +304,8 @@ def _check_options(
             raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
     if strategy == "fixed" and num_latent_steps is None:
         raise ValueError("strategy='fixed' needs num_latent_steps.")
+    if strategy == "end_vector" and not has_stop_vector:
+        raise ValueError("strategy='end_vector' needs stop_vector.")
     if strategy == "off" and force_span:
         raise ValueError("strategy='off' opens no span: leave force_span unset.")
     if max_new_tokens < 1:

@@ -9,7 +9,7 @@ span while another writes text, and a third has ended.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -51,13 +51,13 @@ class Backbone:
     """What the table needs to know of a backbone.
 
     Args:
-        pair: seed -> (stock model, latent model) of equal weights.
+        pair: (seed, latent head or `None`) -> (stock model, latent model) of equal weights.
         rows: the three prompts, each a batch of one without padding.
         ids: token ids of its vocabulary.
         naive: `(stock model, row, **options of the naive decoder)`.
     """
 
-    pair: Callable[[int], tuple[torch.nn.Module, torch.nn.Module]]
+    pair: Callable[[int, str | None], tuple[torch.nn.Module, torch.nn.Module]]
     rows: Callable[[], list[dict[str, torch.Tensor]]]
     ids: Callable[[], Ids]
     naive: Callable[..., NaiveResult]
@@ -88,7 +88,9 @@ def naive_qwen(model: torch.nn.Module, row: dict[str, torch.Tensor], **options: 
 
 
 def qwen(family: str) -> Backbone:
-    pair = partial(tiny_pair, scale=SCALE, family=family)
+    def pair(seed: int, head: str | None) -> tuple[torch.nn.Module, torch.nn.Module]:
+        return tiny_pair(seed, SCALE, family, head)
+
     return Backbone(pair, partial(chat_rows, family), partial(chat_ids, family), naive_qwen)
 
 
@@ -152,9 +154,23 @@ class Scenario:
     max_new_tokens: int = 11
 
 
-COMPILED = {"off": "rows end one by one", "fixed": "opened in the text, twice", "dynamic": "opens again"}
+COMPILED = {
+    "off": "rows end one by one",
+    "fixed": "opened in the text, twice",
+    "dynamic": "opens again",
+    "end_vector": "opened in the text, twice",
+    "mode_switch": "opens again",
+}
 
 STRATEGIES = ("off", "fixed", "dynamic")
+LVR_STRATEGIES = ("end_vector", "mode_switch")
+HEADS = dict.fromkeys(LVR_STRATEGIES, "simple")  # latent head of the models of a strategy
+WRITES_END = ("dynamic", "mode_switch")
+OPTION_NAMES = {  # of `generate`: of the naive decoder
+    "latent_stop_vector": "stop_vector",
+    "latent_end_threshold": "end_threshold",
+    "latent_criterion": "criterion",
+}
 
 
 @cache
@@ -175,7 +191,7 @@ def scenarios(ids: Ids) -> dict[str, list[Scenario]]:
         "processors": (Follow({50: 51, 51: 52, 52: START, START: 40, END: 50}),),
     }
 
-    return {
+    table = {
         "off": [
             Scenario("free"),
             Scenario("another model", seed=1),
@@ -279,6 +295,47 @@ def scenarios(ids: Ids) -> dict[str, list[Scenario]]:
                 max_new_tokens=16,
             ),
         ],
+        "end_vector": [
+            Scenario("slots come near one by one", near(0.13, "mse", 9), tails=OPEN, processors=(Discourage(),)),
+            Scenario("mean difference, one row to the cap", near(0.265, "mae", 6), tails=OPEN, seed=1),
+            Scenario("angle, cap per row", near(0.87, "cosine", [2, 5, 3]), tails=OPEN, seed=1),
+            Scenario("forced", {**near(0.13, "mse", 4), "force_span": True}, processors=(Discourage(),)),
+            Scenario(
+                "opened in the text, twice",
+                near(0.13, "mse", [2, 6, 1]),
+                scripts=({2: START, 7: START}, {0: START, 5: START}, {4: START, 8: START}),
+            ),
+            Scenario("whatever the distance, one slot is fed", near(1e6, "mse", 5), tails=OPEN),
+            Scenario(
+                "answer ids after the cap, not after a near one",
+                {**near(0.13, "mse", [3, 2, 4]), "latent_answer_ids": [40, 41, 42]},
+                tails=OPEN,
+            ),
+            Scenario(
+                "end marker, end of turn and start marker say nothing inside",
+                near(0.0, "mse", [3, 2, 4]),
+                tails=OPEN,
+                scripts=({0: END, 1: EOS, 2: START, 5: EOS}, {0: EOS, 1: END, 2: END}, {0: PAD, 3: START}),
+            ),
+            Scenario("cut by the budget", near(0.1, "mse", 9), tails=OPEN, max_new_tokens=4),
+            Scenario("rejected drafts", near(0.0, "mse", 2), scripts=({8: START}, {5: START}, {6: START}), **REJECTED),
+            Scenario("accepted drafts", near(0.13, "mse", 2), scripts=({5: 50}, {6: 50}, {7: 60}), **ACCEPTED),
+        ],
+    }
+    # The rules of `dynamic` for a model with a head, but no span is forced unless asked for.
+    forced = [replace(one, options={"force_span": True, **one.options}) for one in table["dynamic"]]
+    opened = Scenario("opened by the prompt", {"max_latent_steps": [1, 3, 6]}, scripts=({}, {1: END}, {}), tails=OPEN)
+    return {**table, "mode_switch": [opened, *forced]}
+
+
+def near(threshold: float, criterion: str, cap: int | list[int]) -> dict[str, Any]:
+    """Options of `end_vector` with a vector of about the length of the slots; the tiny models need no training."""
+    vector = 0.3 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    return {
+        "latent_stop_vector": vector,
+        "latent_end_threshold": threshold,
+        "latent_criterion": criterion,
+        "max_latent_steps": cap,
     }
 
 
@@ -295,11 +352,11 @@ class Cell:
 
     @property
     def stock(self) -> torch.nn.Module:
-        return BACKBONES[self.backbone].pair(self.scenario.seed)[0]
+        return BACKBONES[self.backbone].pair(self.scenario.seed, HEADS.get(self.strategy))[0]
 
     @property
     def model(self) -> torch.nn.Module:
-        return BACKBONES[self.backbone].pair(self.scenario.seed)[1]
+        return BACKBONES[self.backbone].pair(self.scenario.seed, HEADS.get(self.strategy))[1]
 
     @property
     def ids(self) -> Ids:
@@ -339,7 +396,8 @@ class Cell:
             value = value[index] if name in PER_ROW and isinstance(value, list) else value
             if name == "latent_answer_ids":
                 name, value = "answer_ids", [value] if isinstance(value, int) else value
-            options[name] = value
+            options[OPTION_NAMES.get(name, name)] = value
+        options["head"] = self.model.latent_head
         return {**options, "max_new_tokens": self.scenario.max_new_tokens, "process_scores": self.process}
 
     def expected(self, index: int, script: dict[int, int] | None = None) -> NaiveResult:
@@ -505,7 +563,7 @@ def assistant_model(backbone: str, strategy: str) -> None:
     saved = 0
     for cell in cells(backbone, strategy):
         for index, seed in enumerate((cell.scenario.seed, 2, cell.scenario.seed)):
-            assistant = eager_assistant(BACKBONES[backbone].pair(seed)[0])
+            assistant = eager_assistant(BACKBONES[backbone].pair(seed, None)[0])
             with counted_forwards(cell.model) as calls:
                 output = cell.generate([index], assistant_model=assistant)
             assert_same(cell, output, 0, cell.expected(index))
@@ -617,7 +675,7 @@ def free_steps(cell: Cell, output: Any, number: int, index: int) -> tuple[set[in
         if span.row == number:
             first, stop = span.first - trace.prompt_length, span.first + span.length - trace.prompt_length
             forced_ids.update(range(first, stop))
-            if cell.strategy == "dynamic" and span.reason != "open":
+            if cell.strategy in WRITES_END and span.reason != "open":
                 forced_ids.add(stop)
                 forced_words.update([stop] if span.reason != "end_token" else [])
             if span.reason in ("repetition", "max_latent_steps"):
@@ -657,15 +715,19 @@ def traced_decode(backbone: str, strategy: str) -> None:
     compiled_decode(backbone, strategy, "eager")
 
 
+# Rows of a family: the strategies of LVR differ from the others around the layers only, so one family has them.
+CELLS = [(backbone, strategy) for backbone in BACKBONES for strategy in STRATEGIES]
+CELLS += [("qwen2_5_vl", strategy) for strategy in LVR_STRATEGIES]
+
+
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("backbone", "strategy"), CELLS)
 def test_cell(backbone: str, strategy: str, behaviour: str) -> None:
     BEHAVIOURS[behaviour](backbone, strategy)
 
 
 # Families differ inside the layers, strategies around them: all strategies on one family, one strategy on the others.
-COMPILED_CELLS = [("qwen2_5_vl", strategy) for strategy in STRATEGIES] + [
+COMPILED_CELLS = [("qwen2_5_vl", strategy) for strategy in STRATEGIES + LVR_STRATEGIES] + [
     (backbone, "dynamic") for backbone in BACKBONES if backbone != "qwen2_5_vl"
 ]
 

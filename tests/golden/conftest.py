@@ -19,6 +19,7 @@ import pytest
 for _part in (
     *(f"laser_{name}" for name in ("batching", "data", "decoding", "losses")),
     "lvr_data",
+    "lvr_decoding",
     "lvr_losses",
     "lvr_rewards",
     "lvr_rl",

@@ -1,4 +1,5 @@
-"""All vectors of LVR: boxes, layout, prompts and packing; losses, heads and rewards; the reinforcement-learning part.
+"""All vectors of LVR: boxes, layout, prompts and packing; losses, heads and rewards; decoding; and the
+reinforcement-learning part.
 
     LATENT_GOLDEN_DIR=FOLDER python -m pytest tests/golden/test_lvr.py
 
@@ -6,6 +7,7 @@ reads `FOLDER/lvr`; a file that the set lacks yields no test. The tests are in t
 """
 
 from tests.golden.lvr_data import *  # noqa: F403
+from tests.golden.lvr_decoding import *  # noqa: F403
 from tests.golden.lvr_losses import *  # noqa: F403
 from tests.golden.lvr_rewards import *  # noqa: F403
 from tests.golden.lvr_rl import *  # noqa: F403

@@ -90,7 +90,7 @@ def naive(stock: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: An
 # What is refused
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"latent_strategy": "greedy"}, r"latent_strategy='greedy' is unknown; choose one of \['dynamic', 'fixed', 'o"),
+    ({"latent_strategy": "greedy"}, r"latent_strategy='greedy' is unknown; choose one of \['dynamic', "),
     ({"max_latent_steps": 0}, r"max_latent_steps=0 must be at least 1 .* least cap is 1; use latent_strategy='off'"),
     ({"max_latent_steps": [2, 0]}, r"max_latent_steps=\[2, 0\] must be at least 1"),
     ({"max_latent_steps": -3}, "max_latent_steps=-3 must be at least 1"),

@@ -25,6 +25,7 @@ SHARED = {
     "generation_latent.py",
     "latent_heads.py",
     "latent_inputs.py",
+    "latent_lvr.py",
     "latent_qwen_vl.py",
     "latent_state.py",
     "latent_strategies.py",
