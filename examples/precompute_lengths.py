@@ -68,8 +68,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_proc", type=int, default=1, help="processes that count")
     parser.add_argument("--max_bad_share", type=float, default=DEFAULT_MAX_BAD_SHARE, help="stop above this share")
     args = parser.parse_args(arguments)
-    if args.num_proc < 1:
-        parser.error(f"--num_proc={args.num_proc} must be at least 1")
+    for name in ("num_proc", "min_pixels", "max_pixels"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}={value} must be at least 1")
     return args
 
 

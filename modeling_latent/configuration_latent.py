@@ -140,15 +140,14 @@ def published_method(config: PreTrainedConfig) -> LatentMethod | None:
 
 
 HEAD_TIMINGS = ("train", "reference")
+_REQUIRED_TOKEN_FIELDS = ("latent_token_id", "latent_start_token_id", "latent_end_token_id")
+# The ids of a model; a processor has a property of each name.
+LATENT_TOKEN_FIELDS = (*_REQUIRED_TOKEN_FIELDS, "latent_patch_token_id", "latent_stop_token_id")
 _LATENT_FIELDS = (
-    "latent_token_id",
-    "latent_start_token_id",
-    "latent_end_token_id",
-    "latent_patch_token_id",
+    *LATENT_TOKEN_FIELDS,
     "latent_method",
     "latent_head",
     "latent_generation",
-    "latent_stop_token_id",
     "latent_stop_vector",
     "latent_head_timing",
 )
@@ -194,14 +193,7 @@ class LatentConfigMixin(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.latent_generation = dict(self.latent_generation or {})
-        ids = [
-            self.latent_token_id,
-            self.latent_start_token_id,
-            self.latent_end_token_id,
-            self.latent_patch_token_id,
-            self.latent_stop_token_id,
-        ]
-        known = [i for i in ids if i is not None]
+        known = [i for i in (getattr(self, name) for name in LATENT_TOKEN_FIELDS) if i is not None]
         if len(set(known)) != len(known):
             raise ValueError(
                 f"latent token ids must differ from each other, got {known}; give each role its own token"
@@ -278,7 +270,7 @@ class LatentConfigMixin(PreTrainedConfig):
         Raises:
             ValueError: names the missing fields and the call that adds them.
         """
-        missing = [name for name in _LATENT_FIELDS[:3] if getattr(self, name) is None]
+        missing = [name for name in _REQUIRED_TOKEN_FIELDS if getattr(self, name) is None]
         if missing:
             raise ValueError(
                 f"the model {self._name_or_path or type(self).__name__!r} has no latent tokens ({', '.join(missing)} "
@@ -313,6 +305,7 @@ class LatentQwen3VLConfig(LatentConfigMixin, Qwen3VLConfig):
 
 __all__ = [
     "LATENT_METHODS",
+    "LATENT_TOKEN_FIELDS",
     "LatentConfigMixin",
     "LatentMethod",
     "LatentQwen2VLConfig",

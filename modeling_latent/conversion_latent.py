@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from .configuration_latent import (
+    LATENT_TOKEN_FIELDS,
     LatentQwen2_5_VLConfig,
     LatentQwen2VLConfig,
     LatentQwen3VLConfig,
@@ -98,11 +99,7 @@ def convert_stock_checkpoint(
     config = config_class.from_stock(
         stock_config,
         method=method,
-        latent_token_id=processor.latent_token_id,
-        latent_start_token_id=processor.latent_start_token_id,
-        latent_end_token_id=processor.latent_end_token_id,
-        latent_patch_token_id=processor.latent_patch_token_id,
-        latent_stop_token_id=processor.latent_stop_token_id,
+        **{name: getattr(processor, name) for name in LATENT_TOKEN_FIELDS},
         **(latent_fields or {}),
     )
     if published is not None:

@@ -5,6 +5,7 @@ or by the LM head (`mode_switch`: it says the end marker). All have a cap. `end_
 the published loop that `end_vector` leaves out; see [`cap_since_start`] and [`near_end_vector_or_entry`].
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -162,26 +163,22 @@ _END_OPTIONS = (
     "force_end",
     "latent_answer_ids",
 )
-register_latent_strategy(
-    LatentStrategy(
-        name="end_vector",
-        stops=("max_latent_steps", "end_vector"),
-        options=_END_OPTIONS,
-        forced=("max_latent_steps",),
-        writes_end=False,
-        reads_before=True,
-        layout=require_stop_vector,
-    )
+_END_VECTOR = LatentStrategy(
+    name="end_vector",
+    stops=("max_latent_steps", "end_vector"),
+    options=_END_OPTIONS,
+    forced=("max_latent_steps",),
+    writes_end=False,
+    reads_before=True,
+    layout=require_stop_vector,
 )
+register_latent_strategy(_END_VECTOR)
 register_latent_strategy(
-    LatentStrategy(
+    replace(
+        _END_VECTOR,
         name="end_vector_reference",
         stops=("cap_since_start", "end_vector_reference"),
-        options=_END_OPTIONS,
         forced=("cap_since_start",),
-        writes_end=False,
-        reads_before=True,
-        layout=require_stop_vector,
     )
 )
 register_latent_strategy(

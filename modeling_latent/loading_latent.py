@@ -14,18 +14,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
-from .configuration_latent import published_method
+from .configuration_latent import LATENT_TOKEN_FIELDS, published_method
 from .conversion_latent import build_without_weights, convert_stock_checkpoint, latent_classes
 from .processing_latent import LatentProcessor
 
 ADAPTER_MODES = ("attach", "merge", "skip")
-_IDS = (
-    "latent_start_token_id",
-    "latent_token_id",
-    "latent_end_token_id",
-    "latent_patch_token_id",
-    "latent_stop_token_id",
-)
 
 
 def load_latent_model(
@@ -143,7 +136,7 @@ def _load_base(
     processor = LatentProcessor.from_pretrained(name, revision=revision or "main")
     fields = _fields_of_base(name, saved, settings, base, base_revision)
     model, processor = _load_whole(base, method, processor, base_revision, latent_fields=fields, **options)
-    for field in _IDS:
+    for field in LATENT_TOKEN_FIELDS:
         expected, found = getattr(saved, field, getattr(processor, field)), getattr(model.config, field)
         if expected != found:
             raise ValueError(

@@ -82,8 +82,13 @@ def set_pixels(processor: LatentProcessor, min_pixels: int | None, max_pixels: i
     """Bound the area of resized images; the options become part of the saved processor.
 
     Raises:
-        ValueError: bounds in the wrong order.
+        ValueError: bounds below 1, or in the wrong order.
     """
+    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+        if value is not None and value < 1:
+            raise ValueError(
+                f"{name}={value} must be at least 1 (an area in pixels); leave it out for the model's own"
+            )
     size = dict(processor.image_processor.size)
     size["shortest_edge"] = min_pixels or size["shortest_edge"]
     size["longest_edge"] = max_pixels or size["longest_edge"]

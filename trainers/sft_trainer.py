@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
+from modeling_latent.configuration_latent import LATENT_TOKEN_FIELDS
+
 from .adapters import save_latent_settings
 from .checkpoints import FaultTolerantTrainer
 from .collators import LatentSFTCollator
@@ -150,7 +152,7 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
 
 def _check_token_ids(config: Any, processor: Any) -> None:
     """Refuse a processor whose latent tokens are not those of the model: no span would be found, without a word."""
-    for name in ("latent_start_token_id", "latent_token_id", "latent_end_token_id"):
+    for name in LATENT_TOKEN_FIELDS:
         expected, found = getattr(config, name), getattr(processor, name)
         if expected != found:
             raise ValueError(

@@ -231,7 +231,7 @@ def test_what_is_no_latent_model_is_refused(trained: dict, tmp_path: Path) -> No
         load_latent_model(base, base_model=folder)
     with pytest.raises(ValueError, match="itself an adapter; merge that one and save it first"):
         load_latent_model(folder, base_model=folder)
-    with pytest.raises(ValueError, match="was trained with latent_start_token_id=492, its base .* has"):
+    with pytest.raises(ValueError, match="was trained with latent_token_id=493, its base .* has"):
         other, processor = convert_stock_checkpoint(base, processor=other_ids())
         other.save_pretrained(tmp_path)
         load_latent_model(folder, base_model=tmp_path)

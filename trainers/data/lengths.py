@@ -11,7 +11,6 @@ made by the collator, see `trainers/sample_lengths.py`.
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -229,21 +228,17 @@ def _check_length(path: Path, index: int, length: Any, listed: bool) -> None:
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width of an image after resizing, multiples of 28, as the published estimate has them.
+    """Height and width of an image after resizing, multiples of 28: those of the image processor of transformers.
 
     Raises:
         ValueError: one side is more than 200 times the other.
     """
-    if max(height, width) / min(height, width) > 200:
-        raise ValueError(f"an image of {width}x{height} pixels: one side is more than 200 times the other")
-    new_height, new_width = round(height / _PATCH) * _PATCH, round(width / _PATCH) * _PATCH
-    if new_height * new_width > max_pixels:
-        factor = math.sqrt(height * width / max_pixels)
-        return tuple(max(_PATCH, math.floor(side / factor / _PATCH) * _PATCH) for side in (height, width))
-    if new_height * new_width < min_pixels:
-        factor = math.sqrt(min_pixels / (height * width))
-        return tuple(math.ceil(side * factor / _PATCH) * _PATCH for side in (height, width))
-    return new_height, new_width
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as stock_resize
+
+    try:
+        return stock_resize(height, width, _PATCH, min_pixels, max_pixels)
+    except ValueError as error:
+        raise ValueError(f"an image of {width}x{height} pixels: one side is more than 200 times the other") from error
 
 
 def reference_length(

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .rows import select_rows
+
 IGNORE_INDEX = -100
 LOSS_TYPES = ("weighted_ce", "mse")
 ROW_AVERAGES = ("flat", "example")
@@ -165,10 +167,7 @@ class DwalRows:
 
     def select(self, states: torch.Tensor) -> torch.Tensor:
         """Hidden states or logits `(B, S, D)` at the positions that predict the rows: `(N, D)`."""
-        if states.shape[:2] != self.region_mask.shape:
-            expected = f"({self.region_mask.shape[0]}, {self.region_mask.shape[1]}, D)"
-            raise ValueError(f"states has shape {tuple(states.shape)}, expected {expected}: pass the rows' own batch.")
-        return states[self.batch_index, self.position - 1]
+        return select_rows(states, self.region_mask.shape, self.batch_index, self.position - 1)
 
 
 def find_latent_rows(

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from .roi_regression import RegressionOutput, regression_output, regression_rows
+from .rows import select_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +48,7 @@ class ModeSwitchRows:
 
     def select(self, states: torch.Tensor) -> torch.Tensor:
         """Hidden states `(B, S, D)` at the positions themselves: `(N, D)`."""
-        if tuple(states.shape[:2]) != self.shape:
-            expected = f"({self.shape[0]}, {self.shape[1]}, D)"
-            raise ValueError(f"states has shape {tuple(states.shape)}, expected {expected}: pass the rows' own batch.")
-        return states[self.batch_index, self.position]
+        return select_rows(states, self.shape, self.batch_index, self.position)
 
 
 def find_mode_switch_rows(

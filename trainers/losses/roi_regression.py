@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .rows import select_rows
+
 IGNORE_INDEX = -100
 REGRESSION_LOSSES = ("mse", "mae", "cosine")
 ROW_AVERAGES = ("flat", "example")
@@ -84,10 +86,7 @@ class RoiRows:
 
     def select(self, states: torch.Tensor) -> torch.Tensor:
         """Hidden states `(B, S, D)` at the positions that predict the latents: `(N, D)`."""
-        if tuple(states.shape[:2]) != self.shape:
-            expected = f"({self.shape[0]}, {self.shape[1]}, D)"
-            raise ValueError(f"states has shape {tuple(states.shape)}, expected {expected}: pass the rows' own batch.")
-        return states[self.batch_index, self.position - 1]
+        return select_rows(states, self.shape, self.batch_index, self.position - 1)
 
 
 def find_roi_rows(latent_mask: torch.Tensor, sample_ids: torch.Tensor | None = None) -> RoiRows:
