@@ -1,12 +1,16 @@
-"""Parameter groups of the optimizer: own learning rates for vision tower and merger, decay on weights only.
+"""Parameter groups of the optimizer: own learning rates for vision tower, merger and latent head, decay by a rule.
 
-The options are those of the published training code (method card of LASER, section 5), which a DeepSpeed file with an
-optimizer section of its own puts out of action; the files in `hub_configs/deepspeed` have none, so the groups hold.
-Weight decay acts on what is neither a bias nor the weight of a norm. That is the rule of transformers, which goes by
-names and misses the RMS norms of Qwen2.5-VL's vision tower (`norm1`, `norm2`, `ln_q`); here the module's class counts
-too.
+The options are those of the published training code (method cards of LASER and LVR, section 5), which a DeepSpeed file
+with an optimizer section of its own puts out of action: refused here, and the files in `hub_configs/deepspeed` have
+none. Weight decay acts on what is neither a bias nor the weight of a norm. That is the rule of transformers, which
+goes by names and misses the RMS norms of Qwen2.5-VL's vision tower (`norm1`, `norm2`, `ln_q`); here the module's class
+counts too. The rule of the published LVR code leaves out only biases and `nn.LayerNorm`: RMS norms decay.
 """
 
+import json
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,27 +19,53 @@ from transformers import PreTrainedModel, Trainer
 
 # What an optimizer that arranges the parameters itself (GaLore, LOMO, layer-wise ones) already gives.
 _OWN_ARRANGEMENT = {"params", "model", "optimizer_dict"}
-_OPTIONS = {"vision": "vision_lr", "merger": "merger_lr"}
+# Part of a model to the option that gives it a learning rate of its own, in the order of the groups.
+PART_RATES = {"vision": "vision_lr", "merger": "merger_lr", "latent head": "latent_head_lr"}
+DECAY_RULES = ("transformers", "published")
+_REMEDIES = {
+    "vision": "freeze_vision_tower: false; with LoRA: target modules in `visual`",
+    "merger": "freeze_vision_tower: false or freeze_merger: false; with LoRA: target modules in `visual`",
+    "latent head": "latent_head: simple or glu",
+}
+logger = logging.getLogger(__name__)
 
 
 def part_of(name: str) -> str:
-    """`"vision"`, `"merger"` or `"main"`: the part of the model that a parameter belongs to, by its dotted name.
+    """`"vision"`, `"merger"`, `"latent head"` or `"main"`: the part of the model that a parameter belongs to, by its
+    dotted name. The vector that ends a span belongs to the main part, as in the published code.
 
     Example:
         >>> part_of("model.visual.blocks.0.norm1.weight"), part_of("base_model.model.model.visual.merger.mlp.0.bias")
         ('vision', 'merger')
         >>> part_of("model.visual.deepstack_merger_list.1.norm.weight"), part_of("lm_head.weight")
         ('merger', 'main')
+        >>> part_of("latent_head.mlp.0.weight"), part_of("latent_stop_vector.weight")
+        ('latent head', 'main')
     """
     pieces = name.split(".")
+    if "latent_head" in pieces:
+        return "latent head"
     if "visual" not in pieces:
         return "main"
     below = pieces[pieces.index("visual") + 1 :]
     return "merger" if any(piece in ("merger", "deepstack_merger_list") for piece in below) else "vision"
 
 
-def decayed_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay acts on: no biases, and nothing of a norm."""
+def decayed_names(model: nn.Module, rule: str = "transformers") -> set[str]:
+    """Names of the parameters that weight decay acts on.
+
+    Args:
+        rule: `"transformers"`: no biases, and nothing of a norm. `"published"`: the LVR code, no name with "bias" in
+            it, and nothing of an `nn.LayerNorm`; other norms decay.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    if rule not in DECAY_RULES:
+        raise ValueError(f"weight_decay_rule={rule!r} is unknown; choose one of {list(DECAY_RULES)}")
+    if rule == "published":
+        plain = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+        return {name for name, p in model.named_parameters() if "bias" not in name and id(p) not in plain}
     names = set(Trainer.get_decay_parameter_names(None, model))
     for path, module in model.named_modules():
         if "norm" in type(module).__name__.lower():
@@ -46,12 +76,14 @@ def decayed_names(model: nn.Module) -> set[str]:
 def optimizer_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
     """The trained parameters in groups, the main part first; empty groups are left out.
 
-    Vision tower and merger (the projector into the language model) are groups of their own only with `vision_lr` and
-    `merger_lr`; without, they are in the main part, with `learning_rate`. The scheduler scales the rate of each group.
+    Vision tower, merger (the projector into the language model) and latent head are groups of their own only with
+    `vision_lr`, `merger_lr` and `latent_head_lr`; without, they are in the main part, with `learning_rate`. The
+    scheduler scales the rate of each group.
 
     Args:
         model: its parameters with `requires_grad` are trained; wrapped by PEFT or sharded is fine.
-        args: `learning_rate`, `weight_decay`, `vision_lr` and `merger_lr`, as in [`LatentSFTConfig`].
+        args: `learning_rate`, `weight_decay`, and where there are any `vision_lr`, `merger_lr`, `latent_head_lr` and
+            `weight_decay_rule`, as in [`LatentSFTConfig`].
 
     Returns:
         Dicts with `params` (list of parameters), `names` (their names), `lr`, `weight_decay` and `name`, e.g.
@@ -60,18 +92,17 @@ def optimizer_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
     Raises:
         ValueError: a learning rate for a part that is not trained, or a model with nothing to train.
     """
-    decayed = decayed_names(model)
+    decayed = decayed_names(model, getattr(args, "weight_decay_rule", "transformers"))
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model has requires_grad; leave something to train")
-    rates = {part: getattr(args, option) for part, option in _OPTIONS.items() if getattr(args, option) is not None}
+    rates = {part: getattr(args, PART_RATES[part]) for part in PART_RATES if PART_RATES[part] in given_rates(args)}
     found = {part_of(name) for name, _ in trained}
     for part in rates:
         if part not in found:
             raise ValueError(
-                f"{_OPTIONS[part]}={rates[part]!r}, but no parameter of the {part} part is trained; leave "
-                f"{_OPTIONS[part]} out, or train that part (freeze_vision_tower: false; with LoRA: target modules in "
-                "`visual`)"
+                f"{PART_RATES[part]}={rates[part]!r}, but no parameter of the {part} part is trained; leave "
+                f"{PART_RATES[part]} out, or train that part ({_REMEDIES[part]})"
             )
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for part in ("main", *rates):
@@ -91,6 +122,35 @@ def optimizer_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
     return [group for group in groups.values() if group["params"]]
 
 
+def given_rates(args: Any) -> list[str]:
+    """The options among `vision_lr`, `merger_lr` and `latent_head_lr` that are set."""
+    return [option for option in PART_RATES.values() if getattr(args, option, None) is not None]
+
+
+def check_deepspeed_optimizer(args: Any) -> None:
+    """A DeepSpeed file with an optimizer section makes one flat group of all parameters, whatever the options say.
+
+    The file is `args.deepspeed`, or the one that `accelerate launch` names in ACCELERATE_DEEPSPEED_CONFIG_FILE.
+
+    Raises:
+        ValueError: such a section together with a learning rate for a part; without one a warning is logged, since
+            biases and norms then decay, too.
+    """
+    settings = getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    source = "deepspeed" if isinstance(settings, dict) else f"deepspeed={settings!r}"
+    if isinstance(settings, str) and settings.lstrip().startswith("{"):
+        settings = json.loads(settings)
+    elif isinstance(settings, str | Path) and Path(settings).is_file():
+        settings = json.loads(Path(settings).read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or not settings.get("optimizer"):
+        return
+    section = f"{source} has an optimizer section, with which DeepSpeed puts all parameters into one group"
+    given = given_rates(args)
+    if given:
+        raise ValueError(f"{section} and ignores {given}; take the section out of the file, or leave {given} out")
+    logger.warning("%s: weight decay acts on biases and norms, too; take the section out of the file", section)
+
+
 def with_optimizer_groups(
     optimizer_cls: Any, optimizer_kwargs: dict[str, Any], args: Any, model: PreTrainedModel | None
 ) -> tuple[Any, dict[str, Any]]:
@@ -99,13 +159,13 @@ def with_optimizer_groups(
     Optimizers that arrange the parameters themselves stay as they are.
 
     Raises:
-        ValueError: such an optimizer together with `vision_lr` or `merger_lr`.
+        ValueError: such an optimizer together with a learning rate for a part.
     """
     if model is None:
         return optimizer_cls, optimizer_kwargs
     is_class = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)
     if _OWN_ARRANGEMENT & optimizer_kwargs.keys() or not is_class:  # Muon and its like come as a factory
-        given = [option for option in _OPTIONS.values() if getattr(args, option) is not None]
+        given = given_rates(args)
         if given:
             raise ValueError(f"optim={args.optim!r} arranges the parameters itself and takes no {given}; leave it out")
         return optimizer_cls, optimizer_kwargs
