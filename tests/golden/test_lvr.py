@@ -11,3 +11,4 @@ from tests.golden.lvr_decoding import *  # noqa: F403
 from tests.golden.lvr_losses import *  # noqa: F403
 from tests.golden.lvr_rewards import *  # noqa: F403
 from tests.golden.lvr_rl import *  # noqa: F403
+from tests.golden.lvr_trainer import *  # noqa: F403
