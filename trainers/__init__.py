@@ -2,12 +2,14 @@
 
 | question | files |
 |---|---|
-| which options, and the trainer | `configs`, `sft_trainer` |
-| what a method trains | `objectives`, `losses/`, `exposure`, `latent_forward` (the loss inside the wrapped forward) |
+| which options, and the trainer | `configs` (of LVR `lvr_config`), `sft_trainer` |
+| what a method trains | `objectives/`, `losses/`, `latent_forward` (the loss inside the wrapped forward) |
+| what is fed at latent positions | `exposure`, `free_running` |
 | from records to batches | `data/`, `collators`, `sample_lengths`, `dynamic_loader` |
 | several processes | `distributed`, `optimizer_groups` |
 | killed and resumed runs, NaN | `checkpoints`, `checkpoint_files`, `tensor_names`, `run_facts`, `fault_tolerance` |
 | from a recipe to a model | `model_loading`, `adapters`, `dry_run`, `batch_preview` |
+| what the scripts in `examples/` share | `scripts`; names of published options: `published_arguments` |
 | rewards | `rewards`, `reward_loading` |
 | tiny models, built in code | `tiny`, `tiny_tokenizer` |
 
@@ -21,6 +23,7 @@ _EXPORTS = {
     "LatentSFTCollator": "collators",
     "LatentSFTConfig": "configs",
     "LatentSFTTrainer": "sft_trainer",
+    "LVRSFTConfig": "lvr_config",
     "OBJECTIVES": "objectives",
     "build_objective": "objectives",
     "register_objective": "objectives",

@@ -1,6 +1,7 @@
 """Configurations of the trainers: one field per option, for YAML and the command line (`trl.TrlParser`)."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from .dynamic_loader import check_dynamic_options
 from .exposure import LatentExposure
 from .fault_tolerance import check_precision
 from .losses.dwal import DwalOptions
+from .optimizer_groups import DECAY_RULES, PART_RATES, check_deepspeed_optimizer
 
 # Options of trl.SFTConfig that have no meaning here, and why.
 _REFUSED = {
@@ -25,7 +27,7 @@ _REFUSED = {
 }
 
 
-def _is_number(value: Any, low: float, high: float) -> bool:
+def is_number(value: Any, low: float, high: float) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value) and low <= value <= high
 
@@ -48,7 +50,8 @@ class LatentSFTConfig(SFTConfig):
         default="batch",
         metadata={
             "help": "'batch': means over each micro-batch, all micro-batches weigh the same (as published); 'token': "
-            "sums over the optimizer step, divided by its counts over all micro-batches and processes."
+            "sums over the optimizer step, divided by its counts over all micro-batches and processes; 'sample': the "
+            "same of means per sample, so that all samples of the step weigh the same."
         },
     )
     vision_lr: float | None = field(
@@ -56,6 +59,16 @@ class LatentSFTConfig(SFTConfig):
     )
     merger_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the merger after the vision tower; default: learning_rate."}
+    )
+    latent_head_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the latent head; default: learning_rate."}
+    )
+    weight_decay_rule: str = field(
+        default="transformers",
+        metadata={
+            "help": "What weight_decay leaves out: 'transformers' biases and norms; 'published' (LVR code) biases and "
+            "LayerNorm, so that RMS norms and the end vector decay."
+        },
     )
     latent_form: str = field(
         default="chain",
@@ -66,11 +79,20 @@ class LatentSFTConfig(SFTConfig):
     )
     latent_exposure: str = field(
         default="text",
-        metadata={"help": "What is fed at latent positions: 'text' (published method) or 'own' hidden states."},
+        metadata={
+            "help": "What is fed at latent positions: 'text' (published LASER), 'oracle' (published LVR), or the "
+            "model's own hidden states: 'own' from passes without gradient, 'free' step by step with gradient."
+        },
     )
-    latent_exposure_prob: float = field(default=1.0, metadata={"help": "Share of rows fed their own hidden states."})
+    latent_exposure_prob: float = field(default=1.0, metadata={"help": "Share that is fed the model's own latents."})
+    latent_exposure_unit: str = field(
+        default="row", metadata={"help": "What the share is of: 'row', or each single 'latent' (mixed spans)."}
+    )
+    latent_exposure_forced: int = field(
+        default=0, metadata={"help": "Latents at the beginning of a span that are never the model's own."}
+    )
     latent_exposure_passes: int = field(
-        default=1, metadata={"help": "Passes without gradient; after n of them the first n latents are exact."}
+        default=1, metadata={"help": "Of 'own': after n passes the first n latents are those of decoding."}
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -79,6 +101,10 @@ class LatentSFTConfig(SFTConfig):
     stop_on_nan: bool = field(
         default=True,
         metadata={"help": "Stop, with the records named, before a loss or gradient that is not finite is applied."},
+    )
+    logging_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the TensorBoard files (sets TENSORBOARD_LOGGING_DIR); default: in output_dir."},
     )
     max_bad_share: float = field(
         default=DEFAULT_MAX_BAD_SHARE, metadata={"help": "The run stops when more than this share of records is bad."}
@@ -125,6 +151,30 @@ class LatentSFTConfig(SFTConfig):
         default="balanced",
         metadata={"help": "'balanced': equal work for every rank; 'reference': as published, needs max_steps."},
     )
+    latent_packing: str | None = field(
+        default=None,
+        metadata={
+            "help": "'sequence': short samples joined into rows, trained without padding; 'buckets': LVR's published "
+            "choice of the samples of a batch, padded, needs max_steps."
+        },
+    )
+    packing_max_tokens: int = field(
+        default=16384, metadata={"help": "Most tokens of a row ('sequence') or of a batch ('buckets')."}
+    )
+    packing_long_threshold: int = field(
+        default=4096, metadata={"help": "Of 'buckets': a sample of so many tokens is a batch of its own."}
+    )
+    packing_max_instances: int = field(default=4, metadata={"help": "Of 'buckets': most samples of a batch."})
+    packing_max_samples: int | None = field(
+        default=None, metadata={"help": "Of 'sequence': most samples of a row; default: no limit."}
+    )
+    packing_over_long: str = field(
+        default="keep",
+        metadata={
+            "help": "A sample above packing_max_tokens: 'keep' it whole and alone, 'refuse' it, or (of 'buckets', as "
+            "published) 'cut' its end off."
+        },
+    )
     lengths_path: str | None = field(
         default=None, metadata={"help": "File of examples/precompute_lengths.py; default: counted before training."}
     )
@@ -133,16 +183,24 @@ class LatentSFTConfig(SFTConfig):
         self._check_latent_fields()
         self._check_refused()
         check_precision(self)
+        check_deepspeed_optimizer(self)
+        if self.logging_dir is not None:  # transformers 5 reads the variable alone
+            os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         super().__post_init__()
         self.remove_unused_columns = False
+        if self.latent_exposure == "free" and self.activation_checkpointing:
+            raise ValueError(
+                "latent_exposure='free' needs the cache, which activation checkpointing drops; set "
+                "activation_checkpointing: false, or latent_exposure: own"
+            )
         self._check_processes()
         check_dynamic_options(self)
 
     def _check_latent_fields(self) -> None:
         check_layout(self.latent_form, self.num_slots, self.pad_to_multiple_of)
-        if not _is_number(self.latent_loss_weight, 0, math.inf):
+        if not is_number(self.latent_loss_weight, 0, math.inf):
             raise ValueError(f"latent_loss_weight={self.latent_loss_weight!r} must be a finite number, 0 or more")
-        if not _is_number(self.max_bad_share, 0, 1):
+        if not is_number(self.max_bad_share, 0, 1):
             raise ValueError(
                 f"max_bad_share={self.max_bad_share!r} must be between 0 and 1; 0.01 allows one bad row in a hundred"
             )
@@ -150,9 +208,18 @@ class LatentSFTConfig(SFTConfig):
             raise ValueError(f"stop_on_nan={self.stop_on_nan!r} must be true or false")
         if self.loss_average not in LOSS_AVERAGES:
             raise ValueError(f"loss_average={self.loss_average!r} is unknown; choose one of {list(LOSS_AVERAGES)}")
-        for name in ("vision_lr", "merger_lr"):
+        if self.loss_average == "sample" and self.loss_type != "nll":
+            raise ValueError(
+                f"loss_type={self.loss_type!r} with loss_average='sample' is not available; set loss_type: nll, or "
+                "loss_average: token"
+            )
+        if self.weight_decay_rule not in DECAY_RULES:
+            raise ValueError(
+                f"weight_decay_rule={self.weight_decay_rule!r} is unknown; choose one of {list(DECAY_RULES)}"
+            )
+        for name in PART_RATES.values():
             value = getattr(self, name)
-            if value is not None and not (_is_number(value, 0, math.inf) and value > 0):
+            if value is not None and not (is_number(value, 0, math.inf) and value > 0):
                 raise ValueError(f"{name}={value!r} must be above 0; to keep that part as it is, freeze it")
         self.dwal_options()
         self.exposure()
@@ -167,7 +234,13 @@ class LatentSFTConfig(SFTConfig):
 
     def exposure(self) -> LatentExposure:
         """The `latent_exposure*` fields."""
-        return LatentExposure(self.latent_exposure, self.latent_exposure_prob, self.latent_exposure_passes)
+        prefix = "latent_exposure"
+        values = {name.removeprefix(prefix + "_"): value for name, value in vars(self).items() if prefix + "_" in name}
+        return LatentExposure(self.latent_exposure, **values)
+
+    def collator_options(self) -> dict[str, Any]:
+        """Arguments of [`LatentSFTCollator`] beside the processor."""
+        return {name: getattr(self, name) for name in ("latent_form", "num_slots", "pad_to_multiple_of")}
 
     def _check_refused(self) -> None:
         """Options of `trl.SFTConfig` that would be ignored here, or train something else than the method."""
@@ -178,7 +251,10 @@ class LatentSFTConfig(SFTConfig):
             )
         for name in ("packing", "padding_free", "eval_packing"):
             if getattr(self, name):
-                raise ValueError(f"{name}=True does not work with images and spans; set it to false")
+                raise ValueError(
+                    f"{name}=True does not work with images and spans; set it to false, and latent_packing: sequence "
+                    "for rows of several samples without padding"
+                )
         for name, why in _REFUSED.items():
             value = getattr(self, name)
             if value:

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-LOSS_AVERAGES = ("batch", "token")
+LOSS_AVERAGES = ("batch", "token", "sample")
 
 
 class DistributedMixin:
@@ -34,15 +34,18 @@ class DistributedMixin:
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
-        """The micro-batches of an optimizer step, as many on every process; with `"token"` their terms are counted."""
+        """The micro-batches of an optimizer step, as many on every process; but for `"batch"` their terms are counted."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.accelerator.num_processes > 1 and not has_length(self.train_dataset):
             batches = self._as_many_as_all(batches)
         self._step_terms = None
-        if self.args.loss_average == "token":
-            terms = torch.zeros(2, dtype=torch.long, device=device)
+        if self.args.loss_average != "batch":
+            terms = torch.zeros(2 + len(self.objective.auxiliary), dtype=torch.long, device=device)
             for batch in batches:
-                terms += self.objective.count_terms(batch["input_ids"], batch["labels"])
+                counts = self.objective.count_terms(batch["input_ids"], batch["labels"])
+                if self.args.loss_average == "sample":
+                    counts[0] = self._labelled(batch).any(dim=1).sum()
+                terms += counts
             self._step_terms = self.accelerator.reduce(terms, reduction="sum")
         return batches, None
 
@@ -57,22 +60,43 @@ class DistributedMixin:
             )
         return batches[:fewest]
 
-    def loss_factors(self, num_labels: torch.Tensor, num_terms: torch.Tensor | None) -> tuple[Any, Any]:
-        """What the means of a micro-batch are multiplied by: factors of the cross entropy and of the latent loss.
+    def _labelled(self, inputs: dict[str, Any]) -> torch.BoolTensor:
+        """Positions `(batch, length - 1)` that predict a label of the cross entropy."""
+        return self.objective.ce_labels(inputs["input_ids"], inputs["labels"])[:, 1:] != -100
 
-        With `"token"` a step's loss becomes the sum of all terms over their global count. The trainer divides by the
+    def sample_mean(
+        self, ce: torch.Tensor, log_probs: torch.Tensor, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross entropy averaged over the labels of each sample, then over the samples; and their number.
+
+        Args:
+            ce: 0-dim mean over all labels, returned when there are none.
+            log_probs: `(1, N)` of the labels, sample by sample.
+            inputs: the batch.
+        """
+        labelled = self._labelled(inputs)
+        labels, rows = labelled.sum(dim=1), labelled.nonzero()[:, 0]
+        samples = (labels > 0).sum()
+        if not rows.numel():
+            return ce, samples
+        return -(log_probs[0] / labels[rows]).sum() / samples, samples
+
+    def loss_factors(self, *counts: torch.Tensor | None) -> list[Any]:
+        """What the means of a micro-batch are multiplied by, loss by loss.
+
+        With `"token"` and `"sample"` a step's loss becomes the sum of all terms over their global count. The trainer divides by the
         number of micro-steps and averages gradients over processes; both are undone here. In evaluation every batch
         weighs the same.
 
         Args:
-            num_labels, num_terms: labels of the cross entropy and terms of the latent loss (None: there is no such
-                loss) in the micro-batch, 0-dim.
+            counts: terms of each loss in the micro-batch: labels (or samples) of the cross entropy, terms of the latent loss and of
+                the auxiliary ones, 0-dim; None: there is no such loss.
         """
         if self._step_terms is None or not self.model.training:
-            return 1.0, 1.0
+            return [1.0] * len(counts)
         parts = self.accelerator.num_processes * self.current_gradient_accumulation_steps
-        labels, terms = self._step_terms.clamp(min=1).unbind()
-        return num_labels * parts / labels, None if num_terms is None else num_terms * parts / terms
+        totals = self._step_terms.clamp(min=1).unbind()
+        return [None if count is None else count * parts / total for count, total in zip(counts, totals, strict=False)]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Without the copies of tied tensors that are made when DeepSpeed and FSDP gather a model."""
@@ -101,15 +125,31 @@ class DistributedMixin:
 
 
 def check_token_average(loss_average: str, objective: Any) -> None:
-    """Refuse `"token"` for an objective that cannot count its terms.
+    """Refuse `"token"` and `"sample"` for an objective that cannot count its terms, and `"sample"` for one that does
+    not average over samples.
 
     Raises:
-        ValueError: names the objective and what it lacks.
+        ValueError: names the objective and what it lacks, or the option.
     """
-    if loss_average == "token" and not hasattr(objective, "count_terms"):
+    if loss_average == "batch":
+        return
+    if not hasattr(objective, "count_terms"):
         raise ValueError(
-            f"loss_average='token' needs {type(objective).__name__}.count_terms(input_ids, labels) "
+            f"loss_average={loss_average!r} needs {type(objective).__name__}.count_terms(input_ids, labels) "
             "(trainers/latent_forward.py); add it, or set loss_average: batch"
+        )
+    if loss_average == "token":
+        return
+    average = getattr(getattr(objective, "options", None), "row_average", None)
+    if average != "example":
+        raise ValueError(
+            f"loss_average='sample' with a latent loss of row_average={average!r}: samples of many latents would weigh "
+            "more; set dwal_row_average (LASER) or roi_row_average (LVR) to example, or loss_average: token"
+        )
+    if objective.auxiliary:
+        raise ValueError(
+            f"loss_average='sample' with {sorted(objective.auxiliary)}, which has no average over the terms of a "
+            "sample; set mode_switch_loss: false, or loss_average: token"
         )
 
 

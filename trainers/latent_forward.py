@@ -10,10 +10,12 @@ expect it. Which rows those are is found before the backbone runs: behind it, th
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import trl
@@ -45,40 +47,56 @@ class LatentLoss:
             micro-batches and ranks.
         count: 0-dim tensor, the number of terms that `loss` is the mean of (0 when there are none, then `loss` is 0),
             so that `loss * count` adds up over micro-batches and ranks; `None` when `loss` is no mean.
+        auxiliary: further losses, each with its count, in the order of [`LatentObjective.auxiliary`].
     """
 
     loss: torch.Tensor
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]]
     count: torch.Tensor | None = None
+    auxiliary: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
 
-class LatentObjective(Protocol):
+class LatentObjective(ABC):
     """What a method computes in the forward; it holds options, no parameters.
 
-    A step calls `ce_labels`, `fed_positions` and `loss`, in this order and with the same `input_ids`. `sum_names` are
-    the keys of [`LatentLoss.sums`], the same in every batch.
+    A step calls `ce_labels`, `prepare`, `fed_positions` and `loss`, in this order and with the same `input_ids`.
+
+    Attributes:
+        sum_names: keys of [`LatentLoss.sums`] in training, the same in every batch.
+        eval_sum_names: further ones in evaluation, behind them.
+        auxiliary: name, as it is logged, and weight of each further loss of [`LatentLoss.auxiliary`].
+        batch_inputs: tensors of a batch that are the objective's alone; the backbone does not get them.
+        exposures: kinds of exposure (`exposure.py`) that the method can be trained with.
     """
 
-    sum_names: tuple[str, ...]
+    sum_names: tuple[str, ...] = ()
+    eval_sum_names: tuple[str, ...] = ()
+    auxiliary: Mapping[str, float] = MappingProxyType({})
+    batch_inputs: tuple[str, ...] = ()
+    exposures: tuple[str, ...] = ("text", "own", "free")
 
+    @abstractmethod
     def ce_labels(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:
         """Labels `(batch, length)` for the cross-entropy term."""
-        ...
 
-    def count_terms(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:
-        """`(2,)`: labels of the cross entropy and `LatentLoss.count` of a batch before it is run.
-
-        Called, with `loss_average="token"` only, for all micro-batches of a step before the first of them runs.
-        """
-        ...
-
+    @abstractmethod
     def fed_positions(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
         """Positions `(batch, length)` that are fed by a latent at inference."""
-        ...
 
+    def prepare(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What changes in the inputs of the backbone before the exposure: teacher's latents, image embeddings that
+        were made already. `inputs` has `batch_inputs` too."""
+        return {}
+
+    @abstractmethod
     def loss(self, model: PreTrainedModel, hidden_states: torch.Tensor, inputs: dict[str, Any]) -> LatentLoss:
-        """Latent loss of the batch from the backbone's final-norm hidden states `(batch, length, hidden)`."""
-        ...
+        """Latent loss of the batch from the backbone's final-norm hidden states `(batch, length, hidden)`.
+
+        `inputs` are those that the backbone was given, with `batch_inputs` and `labels`. An objective that can be
+        averaged over tokens has a method `count_terms(input_ids, labels)`, too: `(2 + number of auxiliary losses,)`,
+        the labels of the cross entropy, `LatentLoss.count` and the counts of the auxiliary losses of a batch before it
+        is run. It is called, with `loss_average="token"` only, for all micro-batches of a step before the first runs.
+        """
 
 
 @dataclass
@@ -89,11 +107,14 @@ class LatentFusedOutput(FusedCausalLMOutput):
         latent_loss: 0-dim, unweighted; `None` when the latent loss is switched off.
         latent_sums: `(metrics, 2)` numerators and denominators, in the order of the objective's `sums`, or `None`.
         latent_count: 0-dim, the number of terms that `latent_loss` is the mean of, or `None`.
+        auxiliary_losses, auxiliary_counts: `(number of auxiliary losses,)`, or `None`.
     """
 
     latent_loss: torch.Tensor | None = None
     latent_sums: torch.Tensor | None = None
     latent_count: torch.Tensor | None = None
+    auxiliary_losses: torch.Tensor | None = None
+    auxiliary_counts: torch.Tensor | None = None
 
 
 def check_trl_fused_head() -> None:
@@ -164,6 +185,9 @@ def add_latent_loss(
             return fused_forward(*args, **({} if labels is None else {"labels": labels}), **kwargs)
         kept: dict[str, torch.Tensor] = {}
         index, targets = _supervised(objective.ce_labels(kwargs["input_ids"], labels))
+        prepared = objective.prepare(self, kwargs)
+        own = {name: kwargs.pop(name) for name in objective.batch_inputs if name in kwargs}
+        kwargs.update(prepared)
         kwargs.update(exposure.inputs(self, objective.fed_positions(kwargs["input_ids"]), kwargs))
         hook = self.base_model.register_forward_hook(_keep_supervised(kept, index), with_kwargs=False)
         try:
@@ -173,7 +197,10 @@ def add_latent_loss(
         fields = {name: output[name] for name in output.keys()}
         if not with_loss:
             return LatentFusedOutput(**fields)
-        latent = objective.loss(self, kept["hidden_states"], {**kwargs, "labels": labels})
+        latent = objective.loss(self, kept["hidden_states"], {**kwargs, **own, "labels": labels})
+        if latent.auxiliary:
+            losses, counts = zip(*latent.auxiliary, strict=True)
+            fields.update(auxiliary_losses=torch.stack(losses), auxiliary_counts=torch.stack(counts))
         sums = [torch.stack([value.detach().float() for value in pair]) for pair in latent.sums.values()]
         return LatentFusedOutput(
             **fields,

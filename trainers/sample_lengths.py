@@ -16,6 +16,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from .collators import LatentSFTCollator, completed_row
 from .data.lengths import BadRow, LengthTable, load_lengths, row_fingerprint, tokenizer_hash
@@ -53,7 +54,9 @@ class SampleLengths:
     def settings(self) -> dict[str, Any]:
         """What the lengths depend on besides the data; kept in length files."""
         processor = self.collator.processor.image_processor
+        names = ("region_layout", "empty_region", "join_regions") if self.collator.latent_form == "regions" else ()
         return {
+            **{name: str(getattr(self.collator, name)) for name in names},
             "latent_form": self.collator.latent_form,
             "num_slots": self.collator.num_slots,
             "min_pixels": processor.size["shortest_edge"],
@@ -73,14 +76,16 @@ class SampleLengths:
         """
         record = self.collator.record({**row, "images": [], "step_images": None})
         record["images"] = [_unread(image, record) for image in row.get("images") or []]
-        counts = [self._image_tokens(image, record) for image in record["images"]]
-        return len(self.collator.encode(record, counts)["input_ids"])
+        grids = [self._grid_thw(image, record) for image in record["images"]]
+        return len(self.collator.encode(record, grids)["input_ids"])
 
-    def _image_tokens(self, image: Any, record: Record) -> int:
+    def _grid_thw(self, image: Any, record: Record) -> tuple[int, int, int]:
         processor = self.collator.processor.image_processor
-        width, height = _size(image, record)
+        (width, height), patch = _size(image, record), processor.patch_size
+        bounds = processor.size["shortest_edge"], processor.size["longest_edge"]
         try:
-            return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
+            resized = smart_resize(height, width, patch * processor.merge_size, *bounds)
+            return 1, *(side // patch for side in resized)
         except ValueError as error:
             reason = f"an image of {width}x{height} pixels cannot be processed ({error}); drop it"
             raise RecordError(*record_origin(record), reason) from error

@@ -19,6 +19,7 @@ from .fault_tolerance import check_model_precision
 from .latent_forward import LatentFusedOutput, add_latent_loss
 from .objectives import build_objective
 from .optimizer_groups import optimizer_groups, with_optimizer_groups
+from .packed_forward import pack_decoder
 from .tensor_names import accept_saved_names
 
 
@@ -29,9 +30,10 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
     published LASER code, or with `loss_average="token"` over the whole optimizer step. Only supervised positions meet
     the LM head. PEFT, DDP, ZeRO and gradient accumulation work as in TRL.
 
-    Logged: `loss_total`, `loss_ce`, `loss_latent` (means over the micro-batches since the last log, over all ranks)
-    and the objective's ratios (sums of numerators over sums of denominators), each with prefix `eval_` in evaluation.
-    With `latent_loss_weight=0` the latent loss is not computed, and nothing of it is logged.
+    Logged: `loss_total`, `loss_ce`, `loss_latent` and the objective's auxiliary losses (means over the micro-batches
+    since the last log, over all ranks), unweighted, and the objective's ratios (sums of numerators over sums of
+    denominators), each with prefix `eval_` in evaluation. When all their weights are 0 the latent losses are not
+    computed, and nothing of them is logged.
 
     Args:
         model: a latent model, a folder or a Hub id of one.
@@ -68,9 +70,7 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would replace the latent loss; register an objective instead")
         if data_collator is None:
-            data_collator = LatentSFTCollator(
-                processing_class, args.latent_form, args.num_slots, args.pad_to_multiple_of
-            )
+            data_collator = LatentSFTCollator(processing_class, **args.collator_options())
             for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
                 _check_dataset(name, dataset, args, data_collator)
         super().__init__(
@@ -94,7 +94,10 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
         _check_token_ids(base.config, processing_class)
         check_model_precision(self.model, self.args, self.is_deepspeed_enabled)
         self._latent_totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
-        add_latent_loss(base, self.objective, args.exposure(), with_loss=args.latent_loss_weight > 0)
+        with_loss = args.latent_loss_weight > 0 or any(weight > 0 for weight in self.objective.auxiliary.values())
+        add_latent_loss(base, self.objective, args.exposure(), with_loss=with_loss)
+        if args.latent_packing == "sequence":
+            pack_decoder(base)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -106,29 +109,35 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
         finally:
             hook.remove()
         ce, output = (result[0] if return_outputs else result), kept[0]
-        ce_factor, latent_factor = self.loss_factors(output.label_mask.sum(), output.latent_count)
+        auxiliary = {} if output.auxiliary_losses is None else self.objective.auxiliary
+        losses = [output.latent_loss, *(output.auxiliary_losses.unbind() if auxiliary else ())]
+        counts = [output.latent_count, *(output.auxiliary_counts.unbind() if auxiliary else ())]
+        ce_terms = output.label_mask.sum()
+        if self.args.loss_average == "sample":
+            ce, ce_terms = self.sample_mean(ce, output.log_probs, inputs)
+        ce_factor, *factors = self.loss_factors(ce_terms, *counts)
         loss = ce = ce * ce_factor
-        latent = None if output.latent_loss is None else output.latent_loss * latent_factor
-        if latent is not None:
-            loss = ce + self.args.latent_loss_weight * latent
+        latent: dict[str, torch.Tensor] = {}
+        if output.latent_loss is not None:
+            weights = {"loss_latent": self.args.latent_loss_weight, **auxiliary}
+            latent = {name: each * factor for name, each, factor in zip(weights, losses, factors, strict=True)}
+            loss = ce + sum(weights[name] * each for name, each in latent.items())
         if self.model.training:
-            self.watch_losses(ce, torch.zeros_like(ce) if latent is None else latent)
-        self._add_totals(loss.detach(), ce.detach(), latent, output)
+            self.watch_losses(ce, sum(latent.values(), torch.zeros_like(ce)))
+        self._add_totals({"loss_total": loss, "loss_ce": ce, **latent}, output)
         return (loss, result[1]) if return_outputs else loss
 
-    def _add_totals(
-        self, total: torch.Tensor, ce: torch.Tensor, latent: torch.Tensor | None, output: LatentFusedOutput
-    ) -> None:
+    def _add_totals(self, losses: dict[str, torch.Tensor], output: LatentFusedOutput) -> None:
         """Add numerators and denominators of one micro-batch; nothing is synchronised here."""
-        one = torch.ones_like(total)
-        pairs: dict[str, Any] = {"loss_total": (total, one), "loss_ce": (ce, one)}
-        if latent is not None:
-            pairs["loss_latent"] = (latent.detach(), one)
-            pairs.update(zip(self.objective.sum_names, output.latent_sums.unbind(0), strict=True))
-        totals = self._latent_totals["train" if self.model.training else "eval"]
+        one = torch.ones((), device=losses["loss_total"].device)
+        pairs = {name: torch.stack([loss.detach().float(), one]) for name, loss in losses.items()}
+        mode = "train" if self.model.training else "eval"
+        if output.latent_sums is not None:
+            names = self.objective.sum_names + (self.objective.eval_sum_names if mode == "eval" else ())
+            pairs.update(zip(names, output.latent_sums.unbind(0), strict=True))
+        totals = self._latent_totals[mode]
         for name, pair in pairs.items():
-            value = torch.stack([part.float() for part in pair]) if isinstance(pair, tuple) else pair
-            value = value * self.batch_weight
+            value = pair * self.batch_weight
             totals[name] = totals[name] + value if name in totals else value
 
     @staticmethod
@@ -169,7 +178,7 @@ def _check_dataset(name: str, dataset: Any, args: LatentSFTConfig, collator: Lat
     columns = getattr(dataset, "column_names", None)
     if columns is not None:
         needed = ["images"] + ([] if "messages" in columns else ["question", "answer"])
-        needed += ["chain"] if args.latent_form == "chain" else []
+        needed += {"chain": ["chain"], "regions": ["boxes"]}.get(args.latent_form, [])
         missing, unknown = [c for c in needed if c not in columns], sorted(set(columns) - set(RECORD_FIELDS))
         if missing or unknown:
             raise ValueError(

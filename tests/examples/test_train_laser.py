@@ -367,7 +367,7 @@ def test_a_run_goes_on_where_it_stopped(run: Run, data: Path, tmp_path: Path) ->
 def test_without_data_generated_mazes_are_trained_and_evaluated(
     run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_laser, "TINY_BASE", str(base))
+    monkeypatch.setattr("trainers.scripts.TINY_BASE", str(base))
     printed = run("--model_name_or_path", "", "--max_steps=1", "--logging_steps=1")
     assert "eval_loss_latent" in printed and f"saved to {tmp_path / 'out'}" in printed
     assert "eval_" not in run("--num_eval_mazes=0", "--max_steps=1")

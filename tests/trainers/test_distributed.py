@@ -13,7 +13,7 @@ from tests.tiny import FAMILIES, tiny_images, tiny_processor
 from trainers import LatentSFTCollator, LatentSFTConfig, LatentSFTTrainer
 from trainers.data.records import Record, make_record, records_to_dataset
 from trainers.distributed import first_rows, real_rows, with_blank_image
-from trainers.latent_forward import LatentLoss
+from trainers.latent_forward import LatentLoss, LatentObjective
 from trainers.objectives import OBJECTIVES, register_objective
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -131,10 +131,16 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("trainers.objectives.OBJECTIVES", dict(OBJECTIVES))
 
     @register_objective("countless")
-    class Countless:
+    class Countless(LatentObjective):
         sum_names = ()
 
         def __init__(self, *_: Any) -> None: ...
+
+        def ce_labels(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return labels
+
+        def fed_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
 
         def loss(self, model: Any, hidden_states: torch.Tensor, inputs: dict[str, Any]) -> LatentLoss:
             return LatentLoss(hidden_states.sum() * 0, {})

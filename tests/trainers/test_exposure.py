@@ -70,7 +70,7 @@ def test_only_the_drawn_rows_are_fed_and_the_vectors_carry_no_gradient(decoded: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "oracle"}, "latent_exposure='oracle'"),
+        ({"kind": "self"}, "latent_exposure='self'"),
         ({"kind": "own", "prob": 0.0}, "latent_exposure_prob=0.0"),
         ({"kind": "own", "passes": 0}, "latent_exposure_passes=0"),
     ],

@@ -20,6 +20,7 @@ from trainers.data.records import make_record, records_to_dataset
 from trainers.latent_forward import (
     LatentFusedOutput,
     LatentLoss,
+    LatentObjective,
     add_latent_loss,
     check_plain_logits,
     gathered_lm_head,
@@ -67,7 +68,7 @@ def spans(inputs: dict[str, torch.Tensor], model: torch.nn.Module) -> torch.Tens
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """How many rows met the head: `"ce"` in TRL's chunked kernel, `"latent"` in the fused DWAL loss."""
     rows: dict[str, list[int]] = {"ce": [], "latent": []}
-    kernel, dwal = trl.trainer.utils._ChunkedLogProbFunction, trainers.objectives.fused_dwal_loss
+    kernel, dwal = trl.trainer.utils._ChunkedLogProbFunction, trainers.objectives.laser.fused_dwal_loss
 
     class Counting:
         @staticmethod
@@ -80,7 +81,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
         return dwal(hidden, *args)
 
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counting)
-    monkeypatch.setattr(trainers.objectives, "fused_dwal_loss", counting_dwal)
+    monkeypatch.setattr(trainers.objectives.laser, "fused_dwal_loss", counting_dwal)
     return rows
 
 
@@ -110,8 +111,8 @@ def test_the_rows_are_found_once(exposure: str, monkeypatch: pytest.MonkeyPatch)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     add_latent_loss(model, objective, args.exposure())
     calls: list[int] = []
-    find = trainers.objectives.find_latent_rows
-    monkeypatch.setattr(trainers.objectives, "find_latent_rows", lambda *a: calls.append(1) or find(*a))
+    find = trainers.objectives.laser.find_latent_rows
+    monkeypatch.setattr(trainers.objectives.laser, "find_latent_rows", lambda *a: calls.append(1) or find(*a))
     first = model(**inputs, fused_lm_head=True)
     assert len(calls) == 1 and objective._found is None
     assert int(first.latent_count) == int(spans(inputs, model).sum())
@@ -279,7 +280,7 @@ def test_a_new_method_is_an_objective_of_its_own(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(trainers.objectives, "OBJECTIVES", dict(OBJECTIVES))
 
     @register_objective("norm")
-    class NormObjective:
+    class NormObjective(LatentObjective):
         """Cross entropy everywhere, and the mean square of the hidden states."""
 
         sum_names = ()

@@ -115,8 +115,9 @@ def end_token_logits(
     """Logit of the end token for each hidden state, from one row of the LM head.
 
     Args:
-        states (`torch.Tensor` of shape `(N, H)`): `rows.select(hidden_states)`. With a latent head, of the states that
-            `roi_regression.apply_latent_head` returns.
+        states (`torch.Tensor` of shape `(N, H)`): `rows.select(hidden_states)`: what the LM head reads there in
+            decoding. The reference code takes, with a latent head, the states that `roi_regression.apply_latent_head`
+            returns, though decoding reads others.
         lm_head_weight (`torch.Tensor` of shape `(V, H)`): Head, as a plain gathered tensor.
         end_id (`int`): Id of the end token.
         lm_head_bias (`torch.Tensor` of shape `(V,)`, *optional*): Bias of the head.

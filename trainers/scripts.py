@@ -1,0 +1,122 @@
+"""What the training scripts in `examples/` share: arguments, data, defaults of a first run, the run itself."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import TrlParser
+
+from .adapters import quantised_bits
+from .data.mazes import maze_dataset, maze_stream, published_identities
+from .data.records import Record, RecordReport, records_to_dataset
+from .dry_run import dry_run_report, dry_run_settings
+from .model_loading import LatentModelConfig
+
+MAZES = Path(__file__).resolve().parents[1] / "hub_configs" / "maze-tiny"
+TINY_BASE = str(MAZES / "base")
+PLANNED_MAZES = 2000  # lengths of an endless stream are not known before training
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on."""
+
+    data_path: str | None = field(
+        default=None,
+        metadata={"help": "JSON or JSONL in the method's format, or a meta file of several; default: made mazes."},
+    )
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that relative image paths belong to."})
+    num_mazes: int | None = field(
+        default=None, metadata={"help": "Generated mazes; default: without end, with batches by length 2,000."}
+    )
+    maze_seed: int | None = field(default=None, metadata={"help": "Seed of the generated mazes; default: seed."})
+    num_eval_mazes: int = field(default=100, metadata={"help": "Held-out mazes for the evaluation loss."})
+    vsp_dir: str | None = field(
+        default=os.environ.get("LATENT_VSP_DIR"),
+        metadata={"help": "Folder of the published VSP mazes: none of them is trained on. Default: LATENT_VSP_DIR."},
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Say what the recipe would do; read no weights."})
+    dry_run_processes: int | None = field(
+        default=None, metadata={"help": "Processes of the real run, for the numbers of --dry_run."}
+    )
+
+
+@dataclass
+class FirstRun:
+    """Defaults of a training config for a first run on the tiny base; a YAML file sets the real ones."""
+
+    max_steps: int = field(default=300, metadata={"help": "Optimiser steps; -1: num_train_epochs."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Samples per step and device."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    bf16: bool | None = field(default=torch.cuda.is_available(), metadata={"help": "Train in bfloat16."})
+    use_cpu: bool = field(default=not torch.cuda.is_available(), metadata={"help": "Train on the CPU."})
+    activation_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations in the backward."})
+    logging_steps: float = field(default=20, metadata={"help": "Steps between two logs."})
+
+
+def load_mazes(script: ScriptArguments, config: Any) -> tuple[Any, Dataset | None]:
+    """Generated mazes to train on, and held-out ones; none of the published when their folder is given."""
+    exclude = published_identities(script.vsp_dir) if script.vsp_dir else frozenset()
+    seed = config.seed if script.maze_seed is None else script.maze_seed
+    options = {"seed": seed, "exclude": exclude}
+    planned = config.enable_dynamic_batch or config.latent_packing is not None
+    number = script.num_mazes or (PLANNED_MAZES if planned else None)
+    if number:
+        train = maze_dataset(number, split="train", **options)
+    else:  # every process and loader worker draws mazes of its own
+        shards = config.world_size * max(1, config.dataloader_num_workers)
+        train = maze_stream(split="train", num_shards=shards, **options)
+    held_out = script.num_eval_mazes
+    return train, maze_dataset(held_out, split="validation", **options) if held_out else None
+
+
+def load_table(read: Callable[[RecordReport], Iterable[Record]], max_bad_share: float) -> Dataset:
+    """The records of a reader as a table; says which rows were left out.
+
+    Args:
+        read: from a report to records.
+        max_bad_share: the share of bad rows above which the script stops.
+
+    Raises:
+        RecordShareError: too many bad rows.
+    """
+    report = RecordReport(max_bad_share)
+    data = records_to_dataset(read(report), decode=False)  # the collator opens the images and names a bad row
+    report.check()
+    print(report.summary())
+    return data
+
+
+def parse_recipe(configs: Sequence[type], recipe: Path, arguments: Sequence[str]) -> tuple[Any, ...]:
+    """The dataclasses of a script and [`LatentModelConfig`], from flags and `--config`; without `--config` and
+    `--data_path` from the maze recipe. The model is the tiny base when none is named."""
+    if not {"--config", "--data_path"} & {argument.split("=")[0] for argument in arguments}:
+        arguments = ["--config", str(recipe), *arguments]
+    *parsed, model_args = TrlParser((*configs, LatentModelConfig)).parse_args_and_config(list(arguments))
+    model_args.model_name_or_path = model_args.model_name_or_path or TINY_BASE
+    return *parsed, model_args
+
+
+def run_training(
+    build_trainer: Callable[..., Any], script: ScriptArguments, config: Any, model_args: LatentModelConfig
+) -> None:
+    """Train, evaluate and save; with `--dry_run` only say what that would be.
+
+    Args:
+        build_trainer: from the three argument classes and `weights=` to a trainer.
+    """
+    if script.dry_run:
+        with dry_run_settings(config):
+            trainer = build_trainer(script, config, model_args, weights=False)
+            print(dry_run_report(trainer, script.dry_run_processes, quantised_bits(model_args)))
+        return
+    trainer = build_trainer(script, config, model_args)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_model(config.output_dir)
+    trainer.accelerator.print(f"saved to {config.output_dir}")
