@@ -150,6 +150,8 @@ _LATENT_FIELDS = (
     "latent_generation",
     "latent_stop_vector",
     "latent_head_timing",
+    "latent_head_size",
+    "patch_embed_fp32",
 )
 
 
@@ -172,6 +174,9 @@ class LatentConfigMixin(PreTrainedConfig):
         latent_head_timing: which states meet the latent head. `"train"`: those that are fed, as in training.
             `"reference"`: those that a slot returned, before the LM head reads them, as in the published LVR decoder;
             the first slot of a span is then fed a state that no head has seen.
+        latent_head_size: inner width of a gated latent head; default: `intermediate_size` of the decoder.
+        patch_embed_fp32: whether the vision tower's patch embedding is a matrix product in float32 in place of the
+            stock 3-D convolution (see `latent_patch_embed.py`).
 
     Class attributes of a family: `model_type` (also the name of its file) and `model_class`, the name of the head
     class in that file.
@@ -189,6 +194,8 @@ class LatentConfigMixin(PreTrainedConfig):
     latent_stop_token_id: int | None = None
     latent_stop_vector: bool = False
     latent_head_timing: str = "train"
+    latent_head_size: int | None = None
+    patch_embed_fp32: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

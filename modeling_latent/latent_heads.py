@@ -4,6 +4,7 @@ A head is chosen by `config.latent_head`; `None` feeds the hidden state as it is
 [`register_latent_head`] in the file that travels with the model.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -34,16 +35,23 @@ def register_latent_head(name: str) -> Callable:
 
 
 def build_latent_head(config: PreTrainedConfig) -> nn.Module | None:
-    """Build the head named by `config.latent_head`.
+    """Build the head named by `config.latent_head`, from the text configuration with `latent_head_size` in it.
 
     Raises:
-        ValueError: for an unknown name, with the names that exist.
+        ValueError: for an unknown name, with the names that exist; for a `latent_head_size` that no layer would have.
     """
+    size = getattr(config, "latent_head_size", None)
+    if size is not None and size < 1:
+        raise ValueError(f"latent_head_size={size} must be at least 1; leave it out for the width of the decoder")
     if config.latent_head is None:
+        if size is not None:
+            raise ValueError(f"latent_head_size={size} without a latent head; give latent_head='glu', or leave it out")
         return None
     if config.latent_head not in LATENT_HEADS:
         raise ValueError(f"unknown latent_head {config.latent_head!r}; choose one of {sorted(LATENT_HEADS)} or None")
-    return LATENT_HEADS[config.latent_head](config.get_text_config())
+    text_config = copy.copy(config.get_text_config())
+    text_config.latent_head_size = size
+    return LATENT_HEADS[config.latent_head](text_config)
 
 
 @register_latent_head("simple")
@@ -52,6 +60,11 @@ class SimpleLatentHead(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
+        if getattr(config, "latent_head_size", None) is not None:
+            raise ValueError(
+                f"latent_head_size={config.latent_head_size}: the head 'simple' is as wide as the model; leave it "
+                "out, or give latent_head='glu'"
+            )
         size = config.hidden_size
         self.ln_q = nn.LayerNorm(size, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, size))
@@ -62,13 +75,17 @@ class SimpleLatentHead(nn.Module):
 
 @register_latent_head("glu")
 class GluLatentHead(nn.Module):
-    """Gated linear unit of the decoder's width and activation, with biases. Source: LVR, head type `glu`."""
+    """Gated linear unit with biases and the decoder's activation, `latent_head_size` wide, by default as the decoder.
+
+    Source: LVR, head type `glu`; its code takes the decoder's width, the paper says three times the hidden size.
+    """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        size = getattr(config, "latent_head_size", None) or config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, size)
+        self.up_proj = nn.Linear(config.hidden_size, size)
+        self.down_proj = nn.Linear(size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from .generation_latent import LatentGenerationMixin
 from .latent_heads import build_latent_head
 from .latent_inputs import LatentCausalLMOutputWithPast, LatentHeadMixin, LatentInputsMixin
 from .latent_lvr import LatentStopVector
+from .latent_patch_embed import use_linear_patch_embed
 
 _PLACEHOLDERS: ContextVar[torch.LongTensor | None] = ContextVar("latent_placeholders", default=None)
 _NO_TOKEN = -1
@@ -37,6 +38,11 @@ class LatentQwenVLModelMixin(LatentInputsMixin):
     """
 
     position_inputs: tuple[str, ...] = ()
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.patch_embed_fp32:
+            use_linear_patch_embed(self.visual)
 
     def forward(
         self,

@@ -34,7 +34,7 @@ class DistributedMixin:
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
-        """The micro-batches of an optimizer step, as many on every process; but for `"batch"` their terms are counted."""
+        """The micro-batches of an optimizer step, as many on every process; except for `"batch"` with counted terms."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.accelerator.num_processes > 1 and not has_length(self.train_dataset):
             batches = self._as_many_as_all(batches)
@@ -84,13 +84,13 @@ class DistributedMixin:
     def loss_factors(self, *counts: torch.Tensor | None) -> list[Any]:
         """What the means of a micro-batch are multiplied by, loss by loss.
 
-        With `"token"` and `"sample"` a step's loss becomes the sum of all terms over their global count. The trainer divides by the
-        number of micro-steps and averages gradients over processes; both are undone here. In evaluation every batch
-        weighs the same.
+        Except for `"batch"` a step's loss becomes the sum of all terms over their global count. The trainer divides by
+        the number of micro-steps and averages gradients over processes; both are undone here. In evaluation every
+        batch weighs the same.
 
         Args:
-            counts: terms of each loss in the micro-batch: labels (or samples) of the cross entropy, terms of the latent loss and of
-                the auxiliary ones, 0-dim; None: there is no such loss.
+            counts: terms of each loss in the micro-batch: labels (or samples) of the cross entropy, terms of the
+                latent loss and of the auxiliary ones, 0-dim; None: there is no such loss.
         """
         if self._step_terms is None or not self.model.training:
             return [1.0] * len(counts)
@@ -143,8 +143,8 @@ def check_token_average(loss_average: str, objective: Any) -> None:
     average = getattr(getattr(objective, "options", None), "row_average", None)
     if average != "example":
         raise ValueError(
-            f"loss_average='sample' with a latent loss of row_average={average!r}: samples of many latents would weigh "
-            "more; set dwal_row_average (LASER) or roi_row_average (LVR) to example, or loss_average: token"
+            f"loss_average='sample' with a latent loss of row_average={average!r}: samples of many latents would "
+            "weigh more; set dwal_row_average (LASER) or roi_row_average (LVR) to example, or loss_average: token"
         )
     if objective.auxiliary:
         raise ValueError(

@@ -21,6 +21,7 @@ from .batch_preview import FirstBatch, batch_lines, first_batch
 from .configs import LatentSFTConfig
 from .data.dynamic_batching import BalancedBatches, ReferenceBatches, reference_batches
 from .dynamic_loader import data_seed
+from .packed_loader import packing_lines
 from .sft_trainer import LatentSFTTrainer
 
 # Parts of a model by the first of these that occurs in the name of a parameter.
@@ -169,6 +170,8 @@ def _step_lines(trainer: LatentSFTTrainer, processes: int, batch: FirstBatch) ->
     args = trainer.args
     if trainer.train_batches is None:
         lines, samples, epoch = _plain_lines(trainer, processes, batch)
+    elif trainer.packing_plan is not None:
+        lines, samples, epoch = packing_lines(trainer.packing_plan, processes)
     else:
         lines, samples, epoch = _dynamic_lines(trainer, processes)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)

@@ -1,4 +1,5 @@
-"""Batches of a bounded number of tokens in the Trainer: the training loader, and what resuming from them needs."""
+"""Planned batches in the Trainer (`enable_dynamic_batch`, `latent_packing`): the training loader, and what resuming
+from them needs."""
 
 import dataclasses
 import logging
@@ -10,8 +11,10 @@ from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from .data.dynamic_batching import BalancedBatches, ReferenceBatches, check_dynamic_batching
+from .data.packing import BucketBatches, SequenceBatches
+from .packed_loader import PackingPlan, SampleCuts, check_packing_options, image_token_ids, packed_data
 from .run_facts import RunFacts, check_run_facts
-from .sample_lengths import dataset_lengths, row_name
+from .sample_lengths import DatasetLengths, dataset_lengths, row_name
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +27,7 @@ _OTHER_BATCHES = {
 
 
 def check_dynamic_options(args: Any) -> None:
-    """Check the options of dynamic batching, and those of the Trainer that contradict them.
+    """Check the options of dynamic batching and packing, and those of the Trainer that contradict them.
 
     Args:
         args: a complete `LatentSFTConfig`.
@@ -37,27 +40,41 @@ def check_dynamic_options(args: Any) -> None:
     )
     if not isinstance(args.enable_dynamic_batch, bool):
         raise ValueError(f"enable_dynamic_batch={args.enable_dynamic_batch!r} must be true or false")
+    check_packing_options(args)
     if not args.enable_dynamic_batch:
         _check_without(args)
+    if planned_by(args) is None:
         return
     given = {name: getattr(args, name) for name in _OTHER_BATCHES}
     given |= {f"accelerator_config.{name}": getattr(args.accelerator_config, name) for name in ("split_batches",)}
     for name, value in given.items():
         if value != _OTHER_BATCHES.get(name, False):
             raise ValueError(
-                f"{name}={value!r} with enable_dynamic_batch=True: the lengths alone say which samples make a batch; "
-                f"leave {name} out, or set enable_dynamic_batch=False"
+                f"{name}={value!r} with {planned_by(args)}: the lengths alone say which samples make a batch; "
+                f"leave {name} out, or {_WITHOUT[args.latent_packing is not None]}"
             )
-    if args.dynamic_batch_plan == "reference":
-        _check_reference_plan(args)
+    if args.enable_dynamic_batch and args.dynamic_batch_plan == "reference":
+        _check_endless(args, "dynamic_batch_plan='reference'", "dynamic_batch_plan='balanced'")
+    elif args.latent_packing == "buckets":
+        _check_endless(args, planned_by(args), "latent_packing: sequence")
+
+
+_WITHOUT = ("set enable_dynamic_batch=False", "leave latent_packing out")
+
+
+def planned_by(args: Any) -> str | None:
+    """The option, with its value, that says which samples make a batch; None for batches of one number of samples."""
+    if args.latent_packing is not None:
+        return f"latent_packing={args.latent_packing!r}"
+    return "enable_dynamic_batch=True" if args.enable_dynamic_batch else None
 
 
 def _check_without(args: Any) -> None:
     """Say which options do nothing; a file of lengths would not be given for nothing."""
-    if args.lengths_path is not None:
+    if args.lengths_path is not None and args.latent_packing is None:
         raise ValueError(
-            f"lengths_path={args.lengths_path!r} is read only with enable_dynamic_batch=True; set that, or leave "
-            "lengths_path out"
+            f"lengths_path={args.lengths_path!r} is read only with enable_dynamic_batch=True or latent_packing; set "
+            "one of them, or leave lengths_path out"
         )
     fields = {field.name: field for field in dataclasses.fields(args) if field.name.startswith("dynamic_batch_")}
     idle = [
@@ -67,26 +84,25 @@ def _check_without(args: Any) -> None:
         logger.warning("%s have no effect without enable_dynamic_batch=True", ", ".join(idle))
 
 
-def _check_reference_plan(args: Any) -> None:
+def _check_endless(args: Any, option: str, other: str) -> None:
+    """The published plans."""
     if args.max_steps <= 0:
         raise ValueError(
-            f"max_steps={args.max_steps} with dynamic_batch_plan='reference': that plan has no end and no common "
-            "epoch, as published; set max_steps, or dynamic_batch_plan='balanced'"
+            f"max_steps={args.max_steps} with {option}: that plan has no end and no common epoch, as published; set "
+            f"max_steps, or {other}"
         )
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         if getattr(args, name) == "epoch":
-            raise ValueError(
-                f"{name}='epoch' with dynamic_batch_plan='reference', which has no epochs; set {name}='steps', or "
-                "dynamic_batch_plan='balanced'"
-            )
+            raise ValueError(f"{name}='epoch' with {option}, which has no epochs; set {name}='steps', or {other}")
 
 
 class DynamicBatchTrainer(Trainer):
-    """Replaces the training loader when `enable_dynamic_batch` is set, and keeps and compares the facts of a run.
+    """Replaces the training loader for `enable_dynamic_batch` and `latent_packing`, and keeps and compares the facts
+    of a run.
 
     The loader is a stock one over a batch sampler, prepared by accelerate: workers, pinning, skipping batches when a
-    run resumes and moving batches to the device are as always. `per_device_train_batch_size` then only fills what
-    DeepSpeed wants to know.
+    run resumes and moving batches to the device are as always. `per_device_train_batch_size` is the number of rows of
+    a batch for `latent_packing="sequence"`; else it only fills what DeepSpeed wants to know.
 
     Raises:
         ValueError: lengths of other data, a sample above the cap, a streaming data set, or a checkpoint of another
@@ -95,9 +111,10 @@ class DynamicBatchTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.train_batches: BalancedBatches | ReferenceBatches | None = None
+        self.train_batches: BalancedBatches | ReferenceBatches | BucketBatches | SequenceBatches | None = None
+        self.packing_plan: PackingPlan | None = None
         facts: dict[str, Any] = {}
-        if self.args.enable_dynamic_batch and self.train_dataset is not None:
+        if planned_by(self.args) is not None and self.train_dataset is not None:
             facts = self._plan_batches()
         self.run_facts = RunFacts({**self._loop_facts(), **facts})
         self.add_callback(self.run_facts)
@@ -105,6 +122,11 @@ class DynamicBatchTrainer(Trainer):
     def _plan_batches(self) -> dict[str, Any]:
         """Set `train_batches`; returns what they follow from."""
         args, processes = self.args, self.accelerator.num_processes
+        if not (hasattr(self.train_dataset, "__len__") and hasattr(self.train_dataset, "__getitem__")):
+            raise ValueError(
+                f"{planned_by(args)} needs a data set with a length, got {type(self.train_dataset).__name__} "
+                f"(streaming); load it as a table, or {_WITHOUT[args.latent_packing is not None]}"
+            )
         found = dataset_lengths(
             self.train_dataset,
             self.data_collator,
@@ -115,16 +137,37 @@ class DynamicBatchTrainer(Trainer):
             progress=not args.disable_tqdm,
         )
         found.check(args.max_bad_share)
+        facts = self._plan_packing(found) if args.latent_packing else self._plan_dynamic(found)
+        if self.is_world_process_zero():
+            logger.info("%s: %s", planned_by(args), self.train_batches.summary())
+        return {**facts, "data_hash": found.data_hash}
+
+    def _plan_packing(self, found: DatasetLengths) -> dict[str, Any]:
+        args, data = self.args, self.train_dataset
+        self.packing_plan = PackingPlan(
+            args,
+            data_seed(args),
+            found.lengths,
+            found.bad,
+            row_name=partial(row_name, data),
+            can_cut=SampleCuts(data, self.data_collator, args.packing_max_tokens, image_token_ids(self.model.config)),
+            log=self.is_world_process_zero(),
+        )
+        self.train_batches = self.packing_plan.batches(self.accelerator.num_processes)
+        return self.packing_plan.facts()
+
+    def _plan_dynamic(self, found: DatasetLengths) -> dict[str, Any]:
+        args = self.args
         options = {
             "lengths": found.lengths,
             "token_cap": args.dynamic_batch_token_cap,
             "max_batch_size": args.dynamic_batch_max_bs,
-            "world_size": processes,
+            "world_size": self.accelerator.num_processes,
             "seed": data_seed(args),
             "excluded": found.bad,
         }
         facts = {name: getattr(args, name) for name in ("dynamic_batch_token_cap", "dynamic_batch_max_bs")}
-        facts.update(dynamic_batch_plan=args.dynamic_batch_plan, data_hash=found.data_hash)
+        facts.update(dynamic_batch_plan=args.dynamic_batch_plan)
         if args.dynamic_batch_plan == "reference":
             workers = facts["dataloader_num_workers"] = args.dataloader_num_workers
             number = args.max_steps * args.gradient_accumulation_steps
@@ -133,8 +176,6 @@ class DynamicBatchTrainer(Trainer):
             multiple = facts["pad_to_multiple_of"] = args.pad_to_multiple_of
             name = partial(row_name, self.train_dataset)
             self.train_batches = BalancedBatches(**options, pad_to_multiple_of=multiple, row_name=name)
-        if self.is_world_process_zero():
-            logger.info("dynamic batches: %s", self.train_batches.summary())
         return facts
 
     def _loop_facts(self) -> dict[str, Any]:
@@ -145,8 +186,9 @@ class DynamicBatchTrainer(Trainer):
             "seed": data_seed(args),
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "enable_dynamic_batch": args.enable_dynamic_batch,
+            "latent_packing": args.latent_packing,
         }
-        if not args.enable_dynamic_batch:
+        if not args.enable_dynamic_batch and args.latent_packing != "buckets":
             facts["per_device_train_batch_size"] = args.per_device_train_batch_size
         return facts
 
@@ -161,10 +203,11 @@ class DynamicBatchTrainer(Trainer):
         if self.train_batches is None:
             return super().get_train_dataloader()
         args = self.args
+        dataset, collator = packed_data(args, self.train_dataset, self.data_collator)
         loader = DataLoader(
-            self.train_dataset,
+            dataset,
             batch_sampler=self.train_batches,
-            collate_fn=self.data_collator,
+            collate_fn=collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -178,9 +221,9 @@ class DynamicBatchTrainer(Trainer):
         if shard is not self.train_batches:
             if shard.num_processes != self.train_batches.world_size:
                 raise ValueError(
-                    f"enable_dynamic_batch=True with {self.train_batches.world_size} processes of which only "
+                    f"{planned_by(args)} with {self.train_batches.world_size} processes of which only "
                     f"{shard.num_processes} read different data (tensor or context parallelism) is not planned for; "
-                    "use data parallelism only, or set enable_dynamic_batch=False"
+                    f"use data parallelism only, or {_WITHOUT[args.latent_packing is not None]}"
                 )
             # accelerate's shard of a batch sampler does not pass the epoch on, nor does its skipping of batches.
             shard.set_epoch = self.train_batches.set_epoch

@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
-from modeling_latent import LatentProcessor, load_latent_model
+from modeling_latent import LATENT_HEADS, LatentProcessor, get_latent_method, load_latent_model
+from modeling_latent.configuration_latent import HEAD_TIMINGS, published_method
 from modeling_latent.loading_latent import adapter_settings
 
 from .adapters import build_peft_config, continue_adapter, quantisation_options
+from .data.boxes import checked_option
+from .optimizer_groups import part_of
+
+# Options that are fields of the latent configuration; `None` takes what the checkpoint or the method says.
+LATENT_OPTIONS = ("latent_head", "latent_head_size", "latent_head_timing", "latent_stop_vector", "patch_embed_fp32")
+_LATENT_PARTS = ("latent_head", "latent_stop_vector")
 
 
 @dataclass
@@ -19,7 +26,36 @@ class LatentModelConfig(ModelConfig):
     """`trl.ModelConfig` with the options of a vision-language model; a YAML key and a flag each."""
 
     freeze_vision_tower: bool = field(
-        default=False, metadata={"help": "Keep the vision tower and its merger as they are."}
+        default=False,
+        metadata={"help": "Keep the vision tower as it is, and its merger, too, unless freeze_merger is set."},
+    )
+    freeze_merger: bool | None = field(
+        default=None, metadata={"help": "Keep the merger as it is; default: as freeze_vision_tower."}
+    )
+    freeze_llm: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the language model as it is, embeddings and LM head included. A latent head and an end "
+            "vector are always trained."
+        },
+    )
+    latent_head: str | None = field(
+        default=None,
+        metadata={"help": "Head of a stock checkpoint made latent: 'simple' or 'glu'; default: as the checkpoint."},
+    )
+    latent_head_size: int | None = field(
+        default=None, metadata={"help": "Inner width of the head 'glu'; default: the decoder's intermediate_size."}
+    )
+    latent_head_timing: str | None = field(
+        default=None,
+        metadata={"help": "States that meet the head in decoding: 'train' (those fed) or 'reference' (published)."},
+    )
+    latent_stop_vector: bool | None = field(
+        default=None, metadata={"help": "Give a stock checkpoint a learned end vector; default: as the checkpoint."}
+    )
+    patch_embed_fp32: bool | None = field(
+        default=None,
+        metadata={"help": "Patch embedding as a matrix product in float32, not a 3-D convolution; default: false."},
     )
     min_pixels: int | None = field(
         default=None, metadata={"help": "Least number of pixels of an image after resizing."}
@@ -28,13 +64,32 @@ class LatentModelConfig(ModelConfig):
         default=None, metadata={"help": "Greatest number of pixels of an image after resizing."}
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latent_head is not None:
+            checked_option("latent_head", self.latent_head, sorted(LATENT_HEADS))
+        if self.latent_head_timing is not None:
+            checked_option("latent_head_timing", self.latent_head_timing, HEAD_TIMINGS)
+        size = self.latent_head_size
+        if size is not None and (not isinstance(size, int) or size < 1 or self.latent_head == "simple"):
+            raise ValueError(
+                f"latent_head_size={size!r} with latent_head={self.latent_head!r}: it is the width of the head 'glu', "
+                "at least 1; leave it out for the width of the decoder"
+            )
+        if self.freeze_llm and self.use_peft:
+            raise ValueError(
+                "freeze_llm=true with use_peft=true: the base is frozen anyway, and the adapter trains what "
+                "lora_target_modules names; leave freeze_llm out"
+            )
+
 
 def load_for_training(
     args: LatentModelConfig, method: str, *, weights: bool = True, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel | PeftModel, LatentProcessor, PeftConfig | None]:
     """Model, processor and adapter configuration for a trainer.
 
-    A latent checkpoint is taken as it is, a stock one is made latent, an adapter goes on being trained.
+    A latent checkpoint is taken as it is, a stock one is made latent, an adapter goes on being trained. A latent head
+    or an end vector that the checkpoint lacks is drawn at random in the model's dtype; one that it has is kept.
 
     Args:
         args: options of the model.
@@ -60,6 +115,10 @@ def load_for_training(
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
     kwargs.update(quantisation_options(args, has_adapter=args.use_peft or continued, platform=weights))
+    given = {option: getattr(args, option) for option in LATENT_OPTIONS if getattr(args, option) is not None}
+    if given and not continued:
+        config = AutoConfig.from_pretrained(name, revision=args.model_revision, trust_remote_code=trust_remote_code)
+        kwargs["latent_fields"] = fields_to_add(config, given, method, name)
     model, processor = load_latent_model(
         name,
         method=None if continued else method,
@@ -70,12 +129,72 @@ def load_for_training(
         **kwargs,
     )
     set_pixels(processor, args.min_pixels, args.max_pixels)
-    if args.freeze_vision_tower:
-        model.model.visual.requires_grad_(False)
+    merger = args.freeze_vision_tower if args.freeze_merger is None else args.freeze_merger
+    freeze_parts(model, vision_tower=args.freeze_vision_tower, merger=merger, llm=args.freeze_llm)
     peft_config = build_peft_config(args, model, processor)
+    if peft_config is not None:
+        train_latent_parts(peft_config, model)
     if continued:
+        fields_to_add(model.config, given, method, name)
         model = continue_adapter(model, name, args.model_revision, weights)
     return model, processor, peft_config
+
+
+def fields_to_add(config: PreTrainedConfig, given: dict[str, Any], method: str, name: str) -> dict[str, Any] | None:
+    """Which latent fields a checkpoint is to be loaded with: those given that it does not say itself; `None` for none.
+
+    Args:
+        config: of the checkpoint: stock, written by the published code of a method, or latent.
+        given: options among `LATENT_OPTIONS` that are set.
+        method: that a stock checkpoint is made for.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: an option that contradicts the checkpoint, or one that would have no effect.
+    """
+    published, is_latent = published_method(config), config.model_type.startswith("latent_")
+    if is_latent:
+        said = {option: getattr(config, option) for option in LATENT_OPTIONS}
+    elif published is not None:
+        said = {key: value for key, value in published.published.fields(config).items() if value}
+    else:
+        said = {}
+    for option, value in given.items():
+        if option in said and said[option] != value:
+            raise ValueError(
+                f"{option}={value!r}, but {name} was made with {option}={said[option]!r}; leave {option} out, or make "
+                "a latent model of the stock checkpoint anew"
+            )
+    head = given.get("latent_head", said.get("latent_head", get_latent_method(method).head))
+    for option in ("latent_head_size", "latent_head_timing"):
+        if option in given and head is None:
+            raise ValueError(
+                f"{option}={given[option]!r}: {name} has no latent head; set latent_head, or leave it out"
+            )
+    if is_latent:
+        return None
+    return {option: value for option, value in given.items() if option not in said} or None
+
+
+def freeze_parts(model: PreTrainedModel, *, vision_tower: bool, merger: bool, llm: bool) -> None:
+    """Take the gradient from parts of a model. A latent head and an end vector keep theirs, as in the published code.
+
+    Args:
+        vision_tower: without its merger.
+        merger: the projector into the language model.
+        llm: the language model with embeddings and LM head.
+    """
+    frozen = {"vision": vision_tower, "merger": merger, "main": llm, "latent head": False}
+    for name, parameter in model.named_parameters():
+        if frozen[part_of(name)] and not name.startswith("latent_stop_vector."):
+            parameter.requires_grad_(False)
+
+
+def train_latent_parts(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Let an adapter train and hold the latent head and the end vector whole, whatever modules it adapts."""
+    parts = [name for name in _LATENT_PARTS if getattr(model, name, None) is not None]
+    if parts:
+        config.modules_to_save = sorted({*(config.modules_to_save or []), *parts})
 
 
 def set_pixels(processor: LatentProcessor, min_pixels: int | None, max_pixels: int | None) -> None:
@@ -99,4 +218,12 @@ def set_pixels(processor: LatentProcessor, min_pixels: int | None, max_pixels: i
     processor.image_processor.size = size
 
 
-__all__ = ["LatentModelConfig", "load_for_training", "set_pixels"]
+__all__ = [
+    "LATENT_OPTIONS",
+    "LatentModelConfig",
+    "fields_to_add",
+    "freeze_parts",
+    "load_for_training",
+    "set_pixels",
+    "train_latent_parts",
+]

@@ -9,6 +9,7 @@ reads `FOLDER/lvr`; a file that the set lacks yields no test. The tests are in t
 from tests.golden.lvr_data import *  # noqa: F403
 from tests.golden.lvr_decoding import *  # noqa: F403
 from tests.golden.lvr_losses import *  # noqa: F403
+from tests.golden.lvr_optimizer import *  # noqa: F403
 from tests.golden.lvr_rewards import *  # noqa: F403
 from tests.golden.lvr_rl import *  # noqa: F403
 from tests.golden.lvr_trainer import *  # noqa: F403

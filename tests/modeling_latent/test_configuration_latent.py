@@ -25,6 +25,8 @@ DEFAULTS: dict[str, Any] = {
     "latent_generation": {},
     "latent_stop_vector": False,
     "latent_head_timing": "train",
+    "latent_head_size": None,
+    "patch_embed_fp32": False,
 }
 FIELDS = (*IDS, *DEFAULTS)
 MODEL = "modeling_latent_qwen2_5_vl.LatentQwen2_5_VLForConditionalGeneration"

@@ -90,6 +90,37 @@ def test_a_new_head_is_initialised_on_loading(name: str, tmp_path: Path) -> None
             assert value.abs().max() <= bound and 0.45 < value.std().item() / bound < 0.7, key
 
 
+def test_the_width_of_a_gated_head(tmp_path: Path) -> None:
+    """`latent_head_size` is that of the layers, travels with the model, and is refused where no layer has it."""
+    model = tiny_latent_model(0, latent_head="glu", latent_head_size=24)
+    assert [layer.weight.shape for layer in (model.latent_head.gate_proj, model.latent_head.down_proj)] == [
+        (24, 64),
+        (64, 24),
+    ]
+    assert not hasattr(model.config.get_text_config(), "latent_head_size"), "the stock configuration was changed"
+    model.save_pretrained(tmp_path)
+    loaded = LatentQwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.latent_head.up_proj.weight, model.latent_head.up_proj.weight)
+    for fields, message in (
+        ({"latent_head": "simple"}, "latent_head_size=24: the head 'simple' is as wide as the model"),
+        ({}, "latent_head_size=24 without a latent head; give latent_head='glu'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_latent_model(0, latent_head_size=24, **fields)
+    with pytest.raises(ValueError, match="latent_head_size=0 must be at least 1"):
+        tiny_latent_model(0, latent_head="glu", latent_head_size=0)
+
+
+@pytest.mark.parametrize("name", ["simple", "glu"])
+def test_a_new_head_has_the_dtype_of_the_model(name: str, tmp_path: Path) -> None:
+    """A bf16 checkpoint without a head: the head drawn for it is bf16, and so is the end vector."""
+    tiny_latent_model(0).bfloat16().save_pretrained(tmp_path)
+    config = tiny_latent_model(0, latent_head=name, latent_stop_vector=True).config
+    loaded = LatentQwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, config=config, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.latent_step(torch.randn(2, 64).bfloat16()).isfinite().all()
+
+
 def test_an_unknown_head_is_refused(heads: dict) -> None:
     with pytest.raises(ValueError, match=r"unknown latent_head 'mlp'; choose one of \['glu', 'simple'\] or None"):
         tiny_latent_model(0, latent_head="mlp")

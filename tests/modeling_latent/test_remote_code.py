@@ -26,6 +26,7 @@ SHARED = {
     "latent_heads.py",
     "latent_inputs.py",
     "latent_lvr.py",
+    "latent_patch_embed.py",
     "latent_qwen_vl.py",
     "latent_state.py",
     "latent_strategies.py",

@@ -1,5 +1,7 @@
 """Parameter groups: which parameter is where, at which rate and decay, and that the optimizers of a run have them."""
 
+import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ from tests.latent import tiny_latent_model
 from tests.tiny import FAMILIES, tiny_processor
 from trainers import LatentSFTConfig, LatentSFTTrainer
 from trainers.data.mazes import maze_dataset
-from trainers.optimizer_groups import optimizer_groups, with_optimizer_groups
+from trainers.optimizer_groups import check_deepspeed_optimizer, decayed_names, optimizer_groups, with_optimizer_groups
 
 
 def options(**changed: Any) -> SimpleNamespace:
@@ -158,3 +160,60 @@ def test_optimizers_that_arrange_parameters_themselves_keep_doing_so() -> None:
     assert with_optimizer_groups(factory, {"lr": 1e-3}, options(), model) == (factory, {"lr": 1e-3})
     with pytest.raises(ValueError, match=r"optim='muon' arranges the parameters itself and takes no \['merger_lr'\]"):
         with_optimizer_groups(factory, {"lr": 1e-3}, options(optim="muon", merger_lr=1e-4), model)
+
+
+def test_the_latent_head_has_a_rate_of_its_own() -> None:
+    """Its own group, after those of the tower; the vector that ends a span stays in the main part."""
+    model = tiny_latent_model(latent_head="simple", latent_stop_vector=True)
+    groups = {group["name"]: group for group in optimizer_groups(model, options(latent_head_lr=1e-4, merger_lr=1e-6))}
+    assert list(groups)[2:] == ["merger", "merger, no decay", "latent head", "latent head, no decay"]
+    head = {f"latent_head.{name}" for name, _ in model.latent_head.named_parameters()}
+    assert set(groups["latent head"]["names"]) | set(groups["latent head, no decay"]["names"]) == head
+    assert (groups["latent head"]["lr"], groups["latent head"]["weight_decay"]) == (1e-4, 0.1)
+    assert "latent_stop_vector.weight" in groups["main"]["names"]
+    together = {group["name"]: group for group in optimizer_groups(model, options())}
+    assert list(together) == ["main", "main, no decay"] and "latent_head.mlp.0.weight" in together["main"]["names"]
+    with pytest.raises(ValueError, match="latent_head_lr=0.0001, but no parameter.*latent_head: simple"):
+        optimizer_groups(tiny_latent_model(), options(latent_head_lr=1e-4))
+
+
+def test_the_published_rule_lets_rms_norms_decay() -> None:
+    model = tiny_latent_model(latent_head="simple", latent_stop_vector=True)
+    names = {name for name, _ in model.named_parameters()}
+    ours, published = decayed_names(model), decayed_names(model, "published")
+    assert names - published == {name for name in names if "bias" in name} | {"latent_head.ln_q.weight"}
+    assert ours < published and "model.language_model.norm.weight" in published - ours
+    with pytest.raises(ValueError, match=r"weight_decay_rule='card' is unknown; choose one of \['transf"):
+        optimizer_groups(model, options(weight_decay_rule="card"))
+    with pytest.raises(ValueError, match="weight_decay_rule='card' is unknown"):
+        LatentSFTConfig(weight_decay_rule="card", use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="latent_head_lr=0 must be above 0"):
+        LatentSFTConfig(latent_head_lr=0, use_cpu=True, bf16=False)
+
+
+def test_a_deepspeed_optimizer_would_ignore_the_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
+    settings = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps(settings))
+    for given in (settings, str(file), json.dumps(settings)):
+        with pytest.raises(ValueError, match=r"optimizer section.* ignores \['latent_head_lr'\]; take the"):
+            check_deepspeed_optimizer(options(deepspeed=given, latent_head_lr=1e-4))
+    with pytest.raises(ValueError, match=r"zero.json.*ignores \['vision_lr'\]"):
+        LatentSFTConfig(deepspeed=str(file), vision_lr=1e-6, use_cpu=True, bf16=False)
+    with caplog.at_level(logging.WARNING):
+        check_deepspeed_optimizer(options(deepspeed=str(file)))
+    assert "weight decay acts on biases and norms" in caplog.text
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))  # as accelerate launch says it
+    with pytest.raises(ValueError, match="ignores"):
+        check_deepspeed_optimizer(options(merger_lr=1e-6))
+    del settings["optimizer"]
+    file.write_text(json.dumps(settings))
+    check_deepspeed_optimizer(options(merger_lr=1e-6))
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "hub_configs" / "deepspeed").glob("*.json")))
+def test_our_deepspeed_files_keep_the_groups(path: Path) -> None:
+    check_deepspeed_optimizer(options(deepspeed=str(path), vision_lr=1e-6, merger_lr=1e-6, latent_head_lr=1e-4))

@@ -25,6 +25,7 @@ from .packing_rows import split_rows
 logger = logging.getLogger(__name__)
 
 OVER_LONG = ("keep", "cut", "refuse")
+_ROW_NAME = "sample {1} of data set {0}".format
 
 
 class Segment(NamedTuple):
@@ -81,6 +82,7 @@ def plan_buckets(
     worker_id: int = 0,
     num_workers: int = 1,
     can_cut: Callable[[int, int], bool] | None = None,
+    row_name: Callable[[int, int], str] = _ROW_NAME,
 ) -> Iterator[Bucket]:
     """The buckets of one loader worker of one rank, as published. Deterministic in the arguments.
 
@@ -94,6 +96,7 @@ def plan_buckets(
         worker_id, num_workers: this loader worker and their number in the process.
         can_cut: with `over_long="cut"`, says for `(data set, index)` whether the sample may be cut at
             `max_packed_tokens`; one that may not is left out with a warning.
+        row_name: how a message names `(data set, index)`.
 
     Yields:
         Non-empty lists of segments; without end if `replacement`.
@@ -110,7 +113,7 @@ def plan_buckets(
             f"worker {worker} of {groups} has no sample ({[len(dataset) for dataset in lengths]} samples in all); use "
             "fewer processes or loader workers"
         )
-    return _buckets(lengths, shards, options, worker, can_cut)
+    return _buckets(lengths, shards, options, worker, can_cut, row_name)
 
 
 def _shard(size: int, seed: int | None, worker: int, groups: int) -> list[int]:
@@ -152,24 +155,23 @@ def _buckets(
     options: BucketOptions,
     worker: int,
     can_cut: Callable[[int, int], bool] | None,
+    row_name: Callable[[int, int], str],
 ) -> Iterator[Bucket]:
     waiting: list[tuple[int, Bucket]] = []  # (tokens, bucket), most tokens first
     dropped: set[tuple[int, int]] = set()
     for dataset, index in _draws([len(d) for d in lengths], shards, options.replacement, worker):
         length = int(lengths[dataset][index])
         if length < 1:
-            raise ValueError(f"sample {index} of data set {dataset} has the length {length}; count the lengths again")
+            raise ValueError(f"{row_name(dataset, index)} has the length {length}; count the lengths again")
         bucket = _join(waiting, Segment(dataset, index, length, 0), options)
         single = bucket[-1].number == 0
         if single and length >= options.long_seq_threshold:
-            kept = _long(bucket[0], options, can_cut)
+            kept = _long(bucket[0], options, can_cut, row_name)
             if kept is None and (dataset, index) not in dropped:
                 dropped.add((dataset, index))
                 logger.warning(
-                    "sample %d of data set %d has %d tokens and cannot be cut at max_packed_tokens=%d without losing "
-                    "a part of an image; it is left out",
-                    index,
-                    dataset,
+                    "%s has %d tokens and cannot be cut at %d without losing a part of an image; it is left out",
+                    row_name(dataset, index),
                     length,
                     options.max_packed_tokens,
                 )
@@ -208,30 +210,37 @@ def _join(waiting: list[tuple[int, Bucket]], sample: Segment, options: BucketOpt
     return [*bucket, sample._replace(number=bucket[-1].number + 1)]
 
 
-def _long(sample: Segment, options: BucketOptions, can_cut: Callable[[int, int], bool] | None) -> Segment | None:
+def _long(
+    sample: Segment,
+    options: BucketOptions,
+    can_cut: Callable[[int, int], bool] | None,
+    row_name: Callable[[int, int], str],
+) -> Segment | None:
     if sample.length <= options.max_packed_tokens or options.over_long == "keep":
         return sample
     if options.over_long == "refuse":
-        raise ValueError(_over_long_reason(sample.dataset, sample.index, sample.length, options))
+        raise ValueError(_over_long_reason(row_name(sample.dataset, sample.index), sample.length, options))
     if can_cut is not None and not can_cut(sample.dataset, sample.index):
         return None
     return sample._replace(length=options.max_packed_tokens)
 
 
-def _over_long_reason(dataset: int, index: int, length: int, options: BucketOptions) -> str:
+def _over_long_reason(name: str, length: int, options: BucketOptions) -> str:
     return (
-        f"sample {index} of data set {dataset} has {length} tokens, more than max_packed_tokens="
+        f"{name} has {length} tokens, more than max_packed_tokens="
         f"{options.max_packed_tokens}; raise it, lower image_max_pixels, remove the sample, or choose "
         "over_long='keep' or 'cut'"
     )
 
 
-def _refuse_over_long(lengths: Sequence[Sequence[int]], options: BucketOptions) -> None:
+def _refuse_over_long(
+    lengths: Sequence[Sequence[int]], options: BucketOptions, row_name: Callable[[int, int], str]
+) -> None:
     limit = max(options.max_packed_tokens, options.long_seq_threshold - 1)
     for dataset, sizes in enumerate(lengths):
         index = max(range(len(sizes)), key=lambda sample: sizes[sample], default=None)
         if index is not None and sizes[index] > limit:
-            raise ValueError(_over_long_reason(dataset, index, sizes[index], options))
+            raise ValueError(_over_long_reason(row_name(dataset, index), sizes[index], options))
 
 
 def _divide(bucket: Bucket, options: BucketOptions) -> tuple[list[Bucket], Bucket | None]:
@@ -294,7 +303,8 @@ class BucketBatches:
         world_size, num_workers: ranks, and loader workers of a rank (0 counts as 1).
         num_batches: batches of each rank in a run, needed with `replacement`, whose streams do not end. Without,
             an epoch holds every sample once; the buckets of ranks that have fewer are split until all have as many.
-        can_cut: see `plan_buckets`.
+        can_cut, row_name: see `plan_buckets`.
+        excluded: for each data set positions to leave out (bad rows); the lengths there do not count.
 
     Raises:
         ValueError: `num_batches` does not go with `replacement`, too few samples (see `plan_buckets`), or a sample
@@ -309,18 +319,31 @@ class BucketBatches:
         num_workers: int = 0,
         num_batches: int | None = None,
         can_cut: Callable[[int, int], bool] | None = None,
+        excluded: Sequence[Collection[int]] | None = None,
+        row_name: Callable[[int, int], str] = _ROW_NAME,
     ) -> None:
         if options.replacement != is_count(num_batches):
             raise ValueError(
                 f"num_batches={num_batches!r} with replacement={options.replacement}: an endless stream needs the "
                 "number of batches (max_steps times gradient_accumulation_steps), an epoch must not have one"
             )
-        self.lengths, self.options, self.can_cut = lengths, options, can_cut
+        self.options = options
         self.world_size, self.num_workers, self.num_batches = world_size, max(num_workers, 1), num_batches
-        self.offsets = [0, *itertools.accumulate(map(len, lengths))]
+        offsets = [0, *itertools.accumulate(map(len, lengths))]
+        kept = [
+            [index for index in range(len(sizes)) if index not in left_out]
+            for sizes, left_out in zip(lengths, map(set, excluded or [()] * len(lengths)), strict=True)
+        ]
+        # The plan knows the kept samples alone, numbered anew in each data set.
+        self.positions = [[start + index for index in part] for start, part in zip(offsets, kept, strict=False)]
+        self.lengths = lengths
+        if excluded is not None:
+            self.lengths = [[sizes[index] for index in part] for sizes, part in zip(lengths, kept, strict=True)]
+        self.can_cut = can_cut and (lambda dataset, index: can_cut(dataset, kept[dataset][index]))
+        self.row_name = lambda dataset, index: row_name(dataset, kept[dataset][index])
         self.epoch = 0
         if options.over_long == "refuse":
-            _refuse_over_long(lengths, options)
+            _refuse_over_long(self.lengths, options, self.row_name)
         self._streams()  # refuses what cannot work here, not in the first step
 
     def set_epoch(self, epoch: int) -> None:
@@ -343,7 +366,7 @@ class BucketBatches:
         return (
             f"buckets of up to {self.options.max_packed_tokens} tokens and {self.options.max_instance_per_batch} "
             f"samples: {len(self) // self.world_size} for each of {self.world_size} ranks ({self.num_workers} workers "
-            f"each), {self.offsets[-1]} samples of {len(self.lengths)} data sets"
+            f"each), {sum(map(len, self.positions))} samples of {len(self.lengths)} data sets"
         )
 
     def _epoch(self) -> list[list[list[int]]]:
@@ -365,16 +388,17 @@ class BucketBatches:
                         worker_id=worker,
                         num_workers=self.num_workers,
                         can_cut=self.can_cut,
+                        row_name=self.row_name,
                     )
                     for worker in range(self.num_workers)
                 ],
-                self.offsets,
+                self.positions,
             )
             for rank in range(self.world_size)
         ]
 
 
-def _in_turn(workers: Sequence[Iterator[Bucket]], offsets: Sequence[int]) -> Iterator[list[int]]:
+def _in_turn(workers: Sequence[Iterator[Bucket]], positions: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """One bucket of each worker after the other, as positions; a worker that has ended is passed over."""
     running = list(workers)
     while running:
@@ -383,4 +407,4 @@ def _in_turn(workers: Sequence[Iterator[Bucket]], offsets: Sequence[int]) -> Ite
             if bucket is None:
                 running.remove(worker)
             else:
-                yield [offsets[segment.dataset] + segment.index for segment in bucket]
+                yield [positions[segment.dataset][segment.index] for segment in bucket]

@@ -18,6 +18,8 @@ from .dynamic_batching import is_count
 
 T = TypeVar("T")
 
+_ATTEMPTS = 8  # shuffles of an epoch that has to go into as many rows as the first one
+
 
 @dataclass(frozen=True)
 class SequencePlan:
@@ -43,7 +45,7 @@ def pack_sequences(
     lengths: Sequence[int],
     max_tokens: int,
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     epoch: int = 0,
     window: int = 4096,
     max_samples: int | None = None,
@@ -83,7 +85,7 @@ def pack_sequences(
             f"sample {int(sizes.argmin())} has the length {int(sizes.min())}" if sizes.size else "there is no sample"
         )
         raise ValueError(f"{what}; count the lengths again")
-    rng = np.random.default_rng([seed, epoch])
+    rng = np.random.default_rng([*np.atleast_1d(seed).tolist(), epoch])
     order, listed = rng.permutation(sizes.size), sizes.tolist()
     rows: list[list[int]] = []
     for start in range(0, len(order), window):
@@ -171,8 +173,9 @@ def unpack_rows(packed: Mapping[str, Sequence[T]], lengths: Sequence[int]) -> li
 class SequenceBatches:
     """Runs `pack_sequences` for all ranks: yields batches of rows, a row being a list of positions.
 
-    Read by a loader over `JoinedRows(dataset)`. Every epoch packs anew; the number of batches may differ a little
-    from epoch to epoch (`len()` is that of the epoch which is set), and is the same for every rank.
+    Read by a loader over `JoinedRows(dataset)`. Every epoch packs anew, into as many rows as the first one, so that
+    the number of batches is the same in every epoch and for every rank: rows are split where there are fewer, and the
+    samples shuffled again where there are more.
 
     Args:
         lengths: tokens of each sample.
@@ -204,14 +207,33 @@ class SequenceBatches:
         self.positions = [position for position in range(len(lengths)) if position not in left_out]
         self.lengths = [int(lengths[position]) for position in self.positions]
         self.max_tokens, self.rows_per_batch, self.world_size = max_tokens, rows_per_batch, world_size
-        self.options: dict[str, Any] = {"seed": seed, "window": window, "max_samples": max_samples}
-        self.set_epoch(0)
+        self.seed, self.options = seed, {"window": window, "max_samples": max_samples}
+        self.epoch, self.plan = 0, self._pack(0, 0)
+        self._first = self.plan
+
+    def _pack(self, epoch: int, attempt: int) -> SequencePlan:
+        step = self.rows_per_batch * self.world_size
+        seeds: dict[str, Any] = {"seed": self.seed if not attempt else [self.seed, attempt], "epoch": epoch}
+        return pack_sequences(self.lengths, self.max_tokens, multiple_of=step, **seeds, **self.options)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""
-        self.epoch = epoch
-        step = self.rows_per_batch * self.world_size
-        self.plan = pack_sequences(self.lengths, self.max_tokens, epoch=epoch, multiple_of=step, **self.options)
+        if epoch == self.epoch:
+            return
+        self.epoch, wanted = epoch, len(self._first.rows)
+        if epoch == 0:
+            self.plan = self._first
+            return
+        for attempt in range(_ATTEMPTS):
+            plan = self._pack(epoch, attempt)
+            if len(plan.rows) <= wanted:
+                rows = split_rows(plan.rows, wanted)
+                break
+        else:  # samples that hardly go into so few rows: those of the first epoch, in another order
+            order = np.random.default_rng([self.seed, epoch]).permutation(wanted)
+            rows = [self._first.rows[row] for row in order]
+        tokens = [sum(self.lengths[sample] for sample in row) for row in rows]
+        self.plan = SequencePlan(rows, tokens, self.max_tokens)
 
     def __len__(self) -> int:
         return len(self.plan.rows) // self.rows_per_batch

@@ -1,0 +1,74 @@
+"""From records to what GRPO takes: a prompt, the images, and the solution as the column `assistant`.
+
+Paper: "Latent Visual Reasoning" (LVR), arXiv 2509.24251, stage 2 (method card, section 2.7).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from .data.lvr_text import grpo_example
+from .rewards import system_prompt
+
+_NEEDED = ("question", "answer")
+
+
+def prompt_dataset(name: str, dataset: Any, prompt: str | None = None) -> Any:
+    """A data set with the column `prompt`, in TRL's format.
+
+    Records (`trainers/data/records.py`; readers, mazes) get `prompt`, the system turn and the question, and
+    `assistant`, the turn with the solution; their images stay in the column `images`, from where they are put before
+    the question. All columns but `messages` reach the reward functions. A data set that has a `prompt` is returned as it is.
+
+    Args:
+        name: `"train_dataset"` or `"eval_dataset"`, for messages.
+        dataset: `Dataset`, `IterableDataset`, a dictionary of them, or `None`.
+        prompt: system prompt of records, by name or written out; `None` is `"default"`.
+
+    Raises:
+        ValueError: missing columns, an empty data set, or a system prompt for prompts that have their own.
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, Mapping):
+        return {key: prompt_dataset(f"{name}[{key!r}]", part, prompt) for key, part in dataset.items()}
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}; give a datasets.Dataset of records (read_lvr_grpo, maze_dataset, "
+            "records_to_dataset) or of prompts"
+        )
+    columns = dataset.column_names
+    if columns is None:
+        columns = list(next(iter(dataset), {}))
+    if (isinstance(dataset, Dataset) and not len(dataset)) or not columns:
+        raise ValueError(f"{name} is empty; look at what its reader reported")
+    if "prompt" in columns:
+        if prompt is not None:
+            raise ValueError(f"system_prompt={prompt!r}: the prompts of {name} are written already; leave it out")
+        return dataset
+    missing = [column for column in _NEEDED if column not in columns]
+    if missing:
+        raise ValueError(
+            f"{name} has the columns {sorted(columns)}: neither prompts (column 'prompt') nor records (missing "
+            f"{missing}); make it with a reader of trainers.data, or add the column"
+        )
+    write = partial(_with_prompt, message=system_prompt("default" if prompt is None else prompt))
+    # TRL tells prompts from conversations by any one of its own column names, and `messages` is one of them.
+    options = {"remove_columns": ["messages"]} if "messages" in columns else {}
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(write, **options)
+    return dataset.map(write, desc=f"Prompts of {name}", **options)
+
+
+def _with_prompt(row: Mapping[str, Any], message: str | None) -> dict[str, Any]:
+    turns = row.get("messages") if "messages" in row else None
+    record = {"images": [], "question": row["question"], "answer": row["answer"], "messages": turns}
+    example = grpo_example(record, message)
+    *system, user = example["prompt"]
+    prompt = [*system, {"role": "user", "content": user["content"][0]["text"]}]
+    return {"prompt": prompt, "assistant": example["assistant"]}
+
+
+__all__ = ["prompt_dataset"]
