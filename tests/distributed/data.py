@@ -9,9 +9,9 @@ STREAM_LENGTH = 7
 
 
 def text_records(n: int) -> list[dict[str, Any]]:
-    """Records without an image, with chains of one to three concepts."""
+    """Records without an image or a box, with chains of one to three concepts."""
     chains = [["x"], ["map", "hole"], ["Street", "dog", "dog"]]
-    return [make_record(f"t{i}", "What is it?" * (i + 1), "No", chain=chains[i % 3]) for i in range(n)]
+    return [make_record(f"t{i}", "What is it?" * (i + 1), "No", chain=chains[i % 3], boxes=[]) for i in range(n)]
 
 
 def train_data(kind: str) -> Any:

@@ -32,8 +32,11 @@ from trainers import LatentSFTCollator
 
 pytestmark = pytest.mark.distributed
 
-COMPARED = ("adamw", "own", "token", "text on one process", "dynamic")
-METRICS = ("loss", "loss_total", "loss_ce", "loss_latent", "confused_ratio", "last_concept_ratio", "grad_norm")
+LVR = ("lvr", "lvr, text on one process", "lvr, free")
+COMPARED = ("adamw", "own", "token", "text on one process", "dynamic", *LVR)
+METRICS = ("loss", "loss_total", "loss_ce", "loss_latent", "grad_norm")
+LASER_METRICS = (*METRICS, "confused_ratio", "last_concept_ratio")
+LVR_METRICS = (*METRICS, "loss_mode_switch", "latent_cosine", "latent_cosine_free")
 TIMEOUT = 600  # seconds for all runs of a launch: processes that wait for each other do so for ever
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -55,14 +58,14 @@ WAYS = {
     "ddp": Way(TORCHRUN, (*COMPARED, "stream", "fsdp2"), "MULTI_CPU", None, "AdamW"),
     "zero2": Way(
         launcher=(*ACCELERATE, "hub_configs/accelerate/cpu_zero2.yaml"),
-        runs=("adamw", "token", "dynamic"),
+        runs=("adamw", "token", "dynamic", *LVR),
         kind="DEEPSPEED",
         stage=2,
         optimizer="DeepSpeedZeroOptimizer",
     ),
     "zero3": Way(
         launcher=(*ACCELERATE, "hub_configs/accelerate/cpu_zero3.yaml"),
-        runs=("adamw", "own", "token", "text on one process", "script"),
+        runs=("adamw", "own", "token", "text on one process", *LVR, "script"),
         kind="DEEPSPEED",
         stage=3,
         optimizer="DeepSpeedZeroOptimizer_Stage3",
@@ -136,7 +139,7 @@ def names_in(folder: Path) -> set[str]:
 
 def base_of(name: str, folder: Path) -> Path:
     """The model that a run starts from."""
-    return folder / ("tied" if RUNS[name].tied else "untied")
+    return folder / RUNS[name].base
 
 
 def samples(result: dict[str, Any]) -> list[tuple[int, ...]]:
@@ -167,12 +170,14 @@ def test_losses_and_metrics_are_those_of_one_process(way: str, name: str, one: A
         shapes = [[len(batch[0]) for batch in part["seen"]] for part in parts]
         assert shapes[0] != shapes[1]
     steps = [entry for entry in whole["log"] if "loss" in entry]
+    compared = LVR_METRICS if name in LVR else LASER_METRICS
     assert all(math.isfinite(entry[metric]) for entry in steps for metric in METRICS)
-    assert any(0 < entry["confused_ratio"] < 1 for entry in steps)
+    assert name in LVR or any(0 < entry["confused_ratio"] < 1 for entry in steps)
     for found, expected in zip(parts[0]["log"], whole["log"], strict=True):
-        metrics = [metric for metric in expected if metric.removeprefix("eval_") in METRICS]
+        metrics = [metric for metric in expected if metric.removeprefix("eval_") in compared]
         assert {m: found[m] for m in metrics} == pytest.approx({m: expected[m] for m in metrics}, rel=1e-4)
     assert "eval_loss_latent" in whole["log"][-1]
+    assert name not in LVR or "eval_latent_cosine_free" in whole["log"][-1]
 
 
 @by_way(*COMPARED)

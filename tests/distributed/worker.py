@@ -27,18 +27,21 @@ from tests.distributed.data import train_data
 from tests.latent import tiny_latent_model
 from tests.tiny import tiny_processor
 from tests.trainers.killed_runs import let_deepspeed_use_gloo
-from trainers import LatentSFTConfig, LatentSFTTrainer
+from tests.trainers.test_lvr_sft import lvr_parts
+from trainers import LatentSFTConfig, LatentSFTTrainer, LVRSFTConfig
+from trainers.data.lvr_text import LVR_TOKENS
 from trainers.data.mazes import maze_dataset
+from trainers.tiny import build_tiny_processor
 
 MICRO_BATCHES = 4  # in one optimizer step, over all processes
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training: its data, its model and the options of its config that differ from `OPTIONS`."""
+    """A training: its data, the model that it starts from and the options of its config that differ from `OPTIONS`."""
 
     data: str = "mazes"
-    tied: bool = False
+    base: str = "untied"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -63,12 +66,12 @@ ADAMW = {"optim": "adamw_torch", "learning_rate": 2e-3, "adam_epsilon": 1e-6, "m
 CHECKPOINTING = {"activation_checkpointing": True}  # as in the recipes of the large models
 RUNS = {
     "adamw": Run(options={**ADAMW, "vision_lr": 5e-4, "merger_lr": 1e-3}),
-    "own": Run(tied=True, options={"latent_exposure": "own", "latent_exposure_passes": 2, **CHECKPOINTING}),
+    "own": Run(base="tied", options={"latent_exposure": "own", "latent_exposure_passes": 2, **CHECKPOINTING}),
     "token": Run(data="mixed", options={"loss_average": "token"}),
     "text on one process": Run(data="text beside images", options=CHECKPOINTING),
     # All batches of the epoch in one step: how they are planned, for one process or two, must not matter.
     "dynamic": Run(
-        tied=True,
+        base="tied",
         options={
             "loss_average": "token",
             "enable_dynamic_batch": True,
@@ -79,6 +82,10 @@ RUNS = {
         },
     ),
     "stream": Run(data="stream", options={"max_steps": 5, "gradient_accumulation_steps": 1}),
+    "lvr": Run(base="lvr", options={**ADAMW, **CHECKPOINTING, "mode_switch_loss": True}),
+    "lvr, text on one process": Run(data="text beside images", base="lvr", options={"loss_average": "token"}),
+    # As many steps on both processes as the longest span of either has.
+    "lvr, free": Run(base="lvr", options={"latent_exposure": "free", "latent_exposure_forced": 1}),
 }
 
 
@@ -98,20 +105,22 @@ def save_bases(folder: Path) -> None:
         with torch.no_grad():
             model.lm_head.weight.mul_(8.0)
         model.save_pretrained(folder / name)
+    model, _ = lvr_parts(head="simple", stop_vector=True)
+    model.save_pretrained(folder / "lvr")
 
 
 def build_trainer(name: str, folder: Path, processes: int) -> Recorder:
     """The trainer of a run. As in a script, the config comes first: under ZeRO-3 a model is loaded in shards then."""
     spec = RUNS[name]
     steps = {"gradient_accumulation_steps": MICRO_BATCHES // processes}
-    args = LatentSFTConfig(output_dir=str(folder / name), **{**OPTIONS, **steps, **spec.options})
-    base = folder.parent / ("tied" if spec.tied else "untied")
+    config_class = LVRSFTConfig if spec.base == "lvr" else LatentSFTConfig
+    args = config_class(output_dir=str(folder / name), **{**OPTIONS, **steps, **spec.options})
     return Recorder(
-        model=AutoModelForImageTextToText.from_pretrained(base),
+        model=AutoModelForImageTextToText.from_pretrained(folder.parent / spec.base),
         args=args,
         train_dataset=train_data(spec.data),
         eval_dataset=maze_dataset(5, seed=4, split="validation", sizes=(3, 4)),
-        processing_class=tiny_processor(),
+        processing_class=build_tiny_processor(latent_tokens=LVR_TOKENS) if spec.base == "lvr" else tiny_processor(),
     )
 
 
