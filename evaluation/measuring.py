@@ -102,7 +102,7 @@ class Ratio:
         first, second: the measurements, one of each a round.
         bar: what the ratio has to meet, `None` for a line that is only reported.
         at_least: the bar is a lower bound.
-        unit: of the measurements: `"s"` or `"MiB"`.
+        unit: of the measurements: `"s"`, `"MiB"` or `"tokens/s"`.
         clock: `Clock.kind`, or how else the measurements were made.
         details: shapes and counts, for the record.
     """

@@ -3,6 +3,7 @@
     python examples/benchmark.py laser                                    # all rows, some twenty minutes on a CPU
     python examples/benchmark.py laser --rows decode_tiny import_time --repeats 11 --json runs/benchmark.json
     python examples/benchmark.py laser --device cuda
+    python examples/benchmark.py packing                                  # joined samples / padded ones
     python examples/benchmark.py laser --quick --repeats 1                # small shapes: does every row run?
 
 Random models built in code; nothing is downloaded. Columns: ratio of the medians, quartiles of the ratios of the
@@ -25,9 +26,12 @@ from evaluation.measuring import Ratio, StepClock, peak_memory, processor_second
 from evaluation.speed_table import Settings, in_fresh_process, in_process, row, run
 from modeling_latent import LATENT_CLASSES, LatentProcessor
 from trainers import LatentSFTConfig, LatentSFTTrainer
+from trainers.data.llava_text import pad_batch
+from trainers.data.packing import pack_sequences, padding_share
 from trainers.data.records import make_record, records_to_dataset
 from trainers.losses.dwal import DwalOptions, dwal_loss, find_latent_rows, fused_dwal_loss
-from trainers.objectives import LaserObjective, register_objective
+from trainers.objectives import register_objective
+from trainers.objectives.laser import LaserObjective
 from trainers.tiny import build_tiny_processor, build_tiny_stock_model, tiny_config
 
 TEXT, REST = (10, 200), 600  # ids of plain text, and the first id that the tiny tokenizer does not use
@@ -252,6 +256,96 @@ def sft_memory(settings: Settings) -> list[Ratio]:
     arms = {arm: partial(in_fresh_process, sft_peak, settings, arm) for arm in (DWAL, *SFT_BARS)}
     taken = take_turns(arms, min(settings.repeats, 3), settings.clock, warmup=0)
     return sft_ratios("memory", taken, settings, "MiB", "peak of a fresh process")
+
+
+# Packing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A batch of rows of joined samples, lengths drawn evenly, and how else the same samples can be batched.
+
+    Args:
+        samples: a sample's ids and labels; the second half is labelled.
+        rows: tokens of each row.
+        row_tokens: most tokens of a row.
+    """
+
+    samples: list[dict[str, list[int]]]
+    rows: list[int]
+    row_tokens: int
+
+    @classmethod
+    def draw(cls, settings: Settings) -> "Joined":
+        low, high, most, vocab = settings.small((64, 512, 1_024, MEDIUM.vocab_size), (16, 128, 256, TINY.vocab_size))
+        random = torch.Generator().manual_seed(0)
+        lengths = torch.randint(low, high + 1, (256,), generator=random).tolist()
+        plan = pack_sequences(lengths, most)
+        samples = []
+        for length in (lengths[sample] for joined in plan.rows[:4] for sample in joined):
+            ids = torch.randint(REST, vocab, (length,), generator=random).tolist()
+            samples.append({"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]})
+        return cls(samples, plan.row_tokens[:4], most)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.rows)
+
+    def share(self, size: int) -> float:
+        """Share of padding in batches of `size` samples."""
+        lengths = [len(sample["input_ids"]) for sample in self.samples]
+        return padding_share(lengths[start : start + size] for start in range(0, len(lengths), size))
+
+    def batches(self, size: int, device: str) -> list[dict[str, torch.Tensor]]:
+        batches = []
+        for start in range(0, len(self.samples), size):
+            batch = pad_batch(self.samples[start : start + size], 0, multiple_of=1)
+            batch["mm_token_type_ids"] = torch.zeros_like(batch["input_ids"])
+            batches.append({name: value.to(device) for name, value in batch.items()})
+        return batches
+
+
+@row("packing")
+def packing_speed(settings: Settings) -> list[Ratio]:
+    """Forward and backward of all samples in the trainer: in rows without padding, padded in one batch, and padded in
+    batches of as many samples as there are rows. Only cross entropy; text alone."""
+    shape, joined = settings.small(MEDIUM, TINY), Joined.draw(settings)
+    every, few = len(joined.samples), len(joined.rows)
+    ways = {"packed": ("sequence", every), "padded": (None, every), f"padded, batches of {few}": (None, few)}
+    record = make_record("0", "Where?", "Here", chain=["There", "Here"])
+
+    def speed(packing: str | None, size: int, folder: str) -> Callable[[], float]:
+        args = LatentSFTConfig(
+            output_dir=folder, use_cpu=settings.device == "cpu", bf16=False, report_to="none", latent_loss_weight=0.0,
+            activation_checkpointing=False, per_device_train_batch_size=1, latent_packing=packing,
+        )  # fmt: skip
+        _, latent = stock_and_latent(shape, settings)
+        parts = {"processing_class": processor(), "train_dataset": records_to_dataset([record])}
+        trainer = LatentSFTTrainer(latent, args, **parts)
+        model, batches, clock = trainer.model.train(), joined.batches(size, settings.device), settings.clock
+
+        def run_all() -> float:
+            start = clock.now()
+            model.zero_grad()
+            for batch in batches:
+                trainer.compute_loss(model, dict(batch)).backward()
+            return joined.tokens / (clock.now() - start)
+
+        return run_all
+
+    with tempfile.TemporaryDirectory() as folder:
+        arms = {name: speed(*way, folder) for name, way in ways.items()}
+        taken = take_turns(arms, settings.repeats, settings.clock)
+    details = {**asdict(shape), "rows": joined.rows, "row_tokens": joined.row_tokens, "samples": every}
+    lines = []
+    for name, (_, size) in list(ways.items())[1:]:
+        share, bar = joined.share(size), 1.3 if size == every else None
+        lines.append(
+            Ratio(f"tokens per second: packed (padding 0%) / {name} (padding {share:.1%})", taken["packed"],
+                  taken[name], bar, True, unit="tokens/s", clock=settings.clock.kind,
+                  details={**details, "padding_before": share, "padding_after": 0.0})
+        )  # fmt: skip
+    return lines
 
 
 # The fused loss ----------------------------------------------------------------------------------------------------

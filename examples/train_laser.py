@@ -31,7 +31,7 @@ class TrainLaserConfig(FirstRun, LatentSFTConfig):
 def load_data(script: ScriptArguments, config: LatentSFTConfig) -> tuple:
     """Training and evaluation records."""
     if script.data_path is None:
-        return load_mazes(script, config)
+        return load_mazes(script, config, stream=not config.plans_batches())
     needs_chain = config.latent_form == "chain"
     return load_table(
         lambda report: read_source(script.data_path, script.image_folder, require_chain=needs_chain, report=report),

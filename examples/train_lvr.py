@@ -11,13 +11,14 @@ win. The names of the published code are understood too (`hub_configs/methods/lv
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 
 from transformers import set_seed
 
 from trainers import LatentSFTTrainer, LVRSFTConfig
 from trainers.data.lvr import read_lvr
 from trainers.model_loading import LatentModelConfig, load_for_training
-from trainers.published_arguments import translate_arguments
+from trainers.published_arguments import PublishedParser
 from trainers.scripts import MAZES, FirstRun, ScriptArguments, load_mazes, load_table, parse_recipe, run_training
 
 MAZE_RECIPE = MAZES / "lvr.yaml"
@@ -43,7 +44,7 @@ class TrainLVRConfig(FirstRun, LVRSFTConfig):
 def load_data(script: LVRScriptArguments, config: LVRSFTConfig, tokens: dict[str, str]) -> tuple:
     """Training and evaluation records."""
     if script.data_path is None:
-        return load_mazes(script, config)
+        return load_mazes(script, config, stream=not config.plans_batches())
     options = {
         "box_unit": script.box_unit,
         "outside": script.outside,
@@ -76,8 +77,8 @@ def build_trainer(
 
 
 def main() -> None:
-    arguments = translate_arguments(sys.argv[1:], stage="sft")
-    script, config, model_args = parse_recipe((LVRScriptArguments, TrainLVRConfig), MAZE_RECIPE, arguments)
+    parser = partial(PublishedParser, stage="sft")
+    script, config, model_args = parse_recipe((LVRScriptArguments, TrainLVRConfig), MAZE_RECIPE, sys.argv[1:], parser)
     run_training(build_trainer, script, config, model_args)
 
 

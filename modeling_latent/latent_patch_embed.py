@@ -2,8 +2,9 @@
 
 The stock module is a 3-D convolution whose kernel is its stride: every patch meets the kernel once, so it is a linear
 map of the flat patch. The published LVR code warns of NaN from the convolution in low precision; its own remedy, an
-autocast to float32, switches itself off. Measured (`examples/measure_patch_embed.py`), the convolution is as exact as
-the product, and slower on most machines. `config.patch_embed_fp32` chooses the product.
+autocast to float32, switches itself off. Measured (`examples/measure_patch_embed.py`), the convolution is as exact in
+bfloat16 as the product and gives no NaN of its own, but takes 20 to 40 times as long on a CPU.
+`config.patch_embed_fp32` chooses the product.
 """
 
 import torch

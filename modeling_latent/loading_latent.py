@@ -169,8 +169,8 @@ def _fields_of_base(
             f"{name} was trained with {lost}, which neither it nor its base {base} holds; train the adapter with "
             f"modules_to_save={lost}, or save the base with these parts first"
         )
-    timing = {"latent_head_timing": saved.latent_head_timing} if parts else {}
-    return {**{field: getattr(saved, field) for field in parts}, **timing}
+    parts += ["patch_embed_fp32"] + (["latent_head_timing", "latent_head_size"] if parts else [])
+    return {field: getattr(saved, field) for field in parts if hasattr(saved, field)}
 
 
 def _saved_config(name: str, revision: str | None) -> Any:

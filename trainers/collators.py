@@ -148,7 +148,9 @@ class LatentSFTCollator:
         source, row = record_origin(record)
         tokens = self.processor.latent_tokens
         if record["messages"] is None and record["boxes"] is None:
-            raise RecordError(source, row, "column 'boxes' is missing; LVR trains on regions: add the boxes, or [] for a record without")
+            raise RecordError(
+                source, row, "column 'boxes' is missing; LVR trains on regions: add them, or [] for a record without"
+            )
         if not (self.region_layout.restart_regions or self.region_layout.drop_surplus):
             check_regions(record, source, row, tokens, self.join_regions)
         merge = self.processor.image_processor.merge_size

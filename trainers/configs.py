@@ -238,6 +238,10 @@ class LatentSFTConfig(SFTConfig):
         values = {name.removeprefix(prefix + "_"): value for name, value in vars(self).items() if prefix + "_" in name}
         return LatentExposure(self.latent_exposure, **values)
 
+    def plans_batches(self) -> bool:
+        """Whether the lengths of all samples must be known before training."""
+        return self.enable_dynamic_batch or self.latent_packing is not None
+
     def collator_options(self) -> dict[str, Any]:
         """Arguments of [`LatentSFTCollator`] beside the processor."""
         return {name: getattr(self, name) for name in ("latent_form", "num_slots", "pad_to_multiple_of")}

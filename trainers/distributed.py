@@ -34,7 +34,7 @@ class DistributedMixin:
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
-        """The micro-batches of an optimizer step, as many on every process; except for `"batch"` with counted terms."""
+        """The micro-batches of an optimizer step, as many on every process; terms counted except for `"batch"`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.accelerator.num_processes > 1 and not has_length(self.train_dataset):
             batches = self._as_many_as_all(batches)

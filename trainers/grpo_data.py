@@ -20,7 +20,8 @@ def prompt_dataset(name: str, dataset: Any, prompt: str | None = None) -> Any:
 
     Records (`trainers/data/records.py`; readers, mazes) get `prompt`, the system turn and the question, and
     `assistant`, the turn with the solution; their images stay in the column `images`, from where they are put before
-    the question. All columns but `messages` reach the reward functions. A data set that has a `prompt` is returned as it is.
+    the question. All columns but `messages` reach the reward functions. A data set that has a `prompt` is returned as
+    it is.
 
     Args:
         name: `"train_dataset"` or `"eval_dataset"`, for messages.

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
@@ -107,12 +108,14 @@ class LatentGRPOTrainer(LatentRolloutMixin, FaultTolerantTrainer, GRPOTrainer):
         if not isinstance(model, str):
             check_latent_model(model, processing_class)
         rewards = find_rewards(reward_funcs, args)
+        train_dataset = prompt_dataset("train_dataset", train_dataset, args.system_prompt)
+        check_size(train_dataset, args)
         with reference_from_policy(self):
             super().__init__(
                 model=model,
                 reward_funcs=rewards,
                 args=args,
-                train_dataset=prompt_dataset("train_dataset", train_dataset, args.system_prompt),
+                train_dataset=train_dataset,
                 eval_dataset=prompt_dataset("eval_dataset", eval_dataset, args.system_prompt),
                 processing_class=processing_class,
                 **kwargs,
@@ -180,6 +183,21 @@ def check_latent_model(model: nn.Module, processor: Any) -> None:
             )
 
 
+def check_size(dataset: Any, args: LatentGRPOConfig) -> None:
+    """Refuse fewer prompts than one rollout takes: TRL leaves incomplete ones out, and would train no step.
+
+    Raises:
+        ValueError: names both numbers and the remedy.
+    """
+    needed = args.generation_batch_size // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) < needed:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} prompts, and one rollout takes {needed} (generation_batch_size="
+            f"{args.generation_batch_size} / num_generations={args.num_generations}); give more prompts, or lower "
+            "per_device_train_batch_size or gradient_accumulation_steps"
+        )
+
+
 def find_rewards(given: Any, args: LatentGRPOConfig) -> list[Any]:
     """Reward functions, checked at every call (`reward_loading.checked_reward`), and reward models as they are.
 
@@ -238,4 +256,4 @@ def rollout_options(model: PreTrainedModel, args: LatentGRPOConfig) -> dict[str,
     return {"latent_strategy": name, **given}
 
 
-__all__ = ["LatentGRPOTrainer", "RolloutGuard", "check_latent_model", "find_rewards", "rollout_options"]
+__all__ = ["LatentGRPOTrainer", "RolloutGuard", "check_latent_model", "check_size", "find_rewards", "rollout_options"]

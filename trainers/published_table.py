@@ -202,7 +202,11 @@ PUBLISHED_ARGUMENTS: tuple[PublishedArgument, ...] = (
         "uploads go to the Hub: set push_to_hub: true, hub_model_id and hub_strategy: checkpoint", (False, None),
     ),
     _same("report_to", BOTH, "tensorboard, wandb, none, ..."),
-    _same("logging_dir", BOTH, "folder of the TensorBoard files (transformers 5 has no such argument)"),
+    _same("logging_dir", SFT, "folder of the TensorBoard files (transformers 5 has no such argument)"),
+    _dead(
+        "logging_dir", GRPO, "refused: set the variable TENSORBOARD_LOGGING_DIR",
+        "transformers 5 has no such argument; set the variable TENSORBOARD_LOGGING_DIR, in a YAML file under env:",
+    ),
     _same("logging_steps", BOTH, "steps between two logs"),
     _dead(
         "precompute_ref_log_probs", BOTH, "true is refused: left over from DPO",

@@ -18,7 +18,7 @@ from .model_loading import LatentModelConfig
 
 MAZES = Path(__file__).resolve().parents[1] / "hub_configs" / "maze-tiny"
 TINY_BASE = str(MAZES / "base")
-PLANNED_MAZES = 2000  # lengths of an endless stream are not known before training
+TABLE_OF_MAZES = 2000  # where an endless stream will not do
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ScriptArguments:
     )
     image_folder: str | None = field(default=None, metadata={"help": "Folder that relative image paths belong to."})
     num_mazes: int | None = field(
-        default=None, metadata={"help": "Generated mazes; default: without end, with batches by length 2,000."}
+        default=None, metadata={"help": "Generated mazes; default: without end, or 2,000 where a table is needed."}
     )
     maze_seed: int | None = field(default=None, metadata={"help": "Seed of the generated mazes; default: seed."})
     num_eval_mazes: int = field(default=100, metadata={"help": "Held-out mazes for the evaluation loss."})
@@ -58,15 +58,17 @@ class FirstRun:
     logging_steps: float = field(default=20, metadata={"help": "Steps between two logs."})
 
 
-def load_mazes(script: ScriptArguments, config: Any) -> tuple[Any, Dataset | None]:
-    """Generated mazes to train on, and held-out ones; none of the published when their folder is given."""
+def load_mazes(script: ScriptArguments, config: Any, stream: bool = True) -> tuple[Any, Dataset | None]:
+    """Generated mazes to train on, and held-out ones; none of the published when their folder is given.
+
+    Args:
+        stream: mazes without end unless `num_mazes` is set; False: a table, where samples are planned or repeated.
+    """
     exclude = published_identities(script.vsp_dir) if script.vsp_dir else frozenset()
     seed = config.seed if script.maze_seed is None else script.maze_seed
     options = {"seed": seed, "exclude": exclude}
-    planned = config.enable_dynamic_batch or config.latent_packing is not None
-    number = script.num_mazes or (PLANNED_MAZES if planned else None)
-    if number:
-        train = maze_dataset(number, split="train", **options)
+    if script.num_mazes or not stream:
+        train = maze_dataset(script.num_mazes or TABLE_OF_MAZES, split="train", **options)
     else:  # every process and loader worker draws mazes of its own
         shards = config.world_size * max(1, config.dataloader_num_workers)
         train = maze_stream(split="train", num_shards=shards, **options)
@@ -91,12 +93,14 @@ def load_table(read: Callable[[RecordReport], Iterable[Record]], max_bad_share: 
     return data
 
 
-def parse_recipe(configs: Sequence[type], recipe: Path, arguments: Sequence[str]) -> tuple[Any, ...]:
+def parse_recipe(
+    configs: Sequence[type], recipe: Path, arguments: Sequence[str], parser: Callable[[Any], TrlParser] = TrlParser
+) -> tuple[Any, ...]:
     """The dataclasses of a script and [`LatentModelConfig`], from flags and `--config`; without `--config` and
     `--data_path` from the maze recipe. The model is the tiny base when none is named."""
     if not {"--config", "--data_path"} & {argument.split("=")[0] for argument in arguments}:
         arguments = ["--config", str(recipe), *arguments]
-    *parsed, model_args = TrlParser((*configs, LatentModelConfig)).parse_args_and_config(list(arguments))
+    *parsed, model_args = parser((*configs, LatentModelConfig)).parse_args_and_config(list(arguments))
     model_args.model_name_or_path = model_args.model_name_or_path or TINY_BASE
     return *parsed, model_args
 

@@ -27,8 +27,9 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
     """Supervised training of latent reasoning, for every method that has an objective (`trainers/objectives.py`).
 
     Total loss = cross entropy + `latent_loss_weight` * latent loss, both means over the micro-batch, as in the
-    published LASER code, or with `loss_average="token"` over the whole optimizer step. Only supervised positions meet
-    the LM head. PEFT, DDP, ZeRO and gradient accumulation work as in TRL.
+    published LASER code, or with `loss_average="token"` (`"sample"`: per sample first) over the whole optimizer step.
+    Only supervised positions meet the LM head. PEFT, DDP, ZeRO and gradient accumulation work as in TRL. With
+    `latent_packing="sequence"` the layers see several samples in a row, without padding (`packed_forward.py`).
 
     Logged: `loss_total`, `loss_ce`, `loss_latent` and the objective's auxiliary losses (means over the micro-batches
     since the last log, over all ranks), unweighted, and the objective's ratios (sums of numerators over sums of

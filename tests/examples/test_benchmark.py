@@ -13,14 +13,14 @@ from examples import benchmark
 FRESH = {"sft_memory", "fused_memory", "import_time"}  # rows that start processes
 
 
-def table(rows: list[str], path: Path, capsys: pytest.CaptureFixture[str]) -> list[dict]:
+def table(rows: list[str], path: Path, capsys: pytest.CaptureFixture[str], method: str = "laser") -> list[dict]:
     """The rows of the JSON, checked against the printed table."""
-    lines = run(["laser", "--quick", "--repeats", "1", "--rows", *rows, "--json", str(path)])
+    lines = run([method, "--quick", "--repeats", "1", "--rows", *rows, "--json", str(path)])
     record = json.loads(path.read_text())
     printed = capsys.readouterr().out.splitlines()
     assert json.loads(printed[0]) == record["environment"]
     assert set(record["environment"]["versions"]) == {"python", "torch", "transformers", "trl"}
-    assert record["method"] == "laser" and record["environment"]["quick"] and record["environment"]["threads"] == 1
+    assert record["method"] == method and record["environment"]["quick"] and record["environment"]["threads"] == 1
     printed = [line for line in printed if "no bar" in line]  # libraries print, too
     assert len(record["rows"]) == len(lines) == len(printed)
     for row, line in zip(record["rows"], printed, strict=True):
@@ -42,6 +42,20 @@ def test_rows_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ):
         assert part in names
     assert len(rows) == 2 * 3 + 2 * 2 + 3 + 2
+
+
+def test_packing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = table(list(ROWS["packing"]), tmp_path / "table.json", capsys, "packing")
+    assert [row["unit"] for row in rows] == ["tokens/s"] * 2
+    joined = benchmark.Joined.draw(Settings(quick=True))
+    lengths = [len(sample["input_ids"]) for sample in joined.samples]
+    assert sum(lengths) == sum(joined.rows) and max(joined.rows) <= 256 and all(16 <= n <= 128 for n in lengths)
+    share = 1 - sum(lengths) / (len(lengths) * max(lengths))
+    assert rows[0]["details"]["padding_before"] == pytest.approx(share) and f"padding {share:.1%}" in rows[0]["name"]
+    assert 0 < rows[1]["details"]["padding_before"] < share
+    (batch,) = joined.batches(len(lengths), "cpu")
+    assert batch["attention_mask"].sum() == joined.tokens
+    assert (batch["labels"] != -100).sum() == sum(n - n // 2 for n in lengths)
 
 
 @pytest.mark.slow

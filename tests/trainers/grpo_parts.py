@@ -25,8 +25,8 @@ def eager_model(scale: float = 2.0, **fields: Any) -> PreTrainedModel:
         liven(model.latent_head, 1 / scale)
     with torch.no_grad():
         head = model.lm_head.weight
-        head[model.config.latent_start_token_id] *= 4
-        head[tiny_processor().tokenizer.eos_token_id] *= 5
+        start = head[model.config.latent_start_token_id].mul_(4)
+        head[tiny_processor().tokenizer.eos_token_id] = 0.8 * start
     return model
 
 

@@ -1,4 +1,4 @@
-"""Free-running latents: those of decoding, and the gradient of the naive form that runs the whole sequence each step."""
+"""Free-running latents: those of decoding, and the gradient of the naive form that runs whole sequences."""
 
 import copy
 
@@ -65,7 +65,8 @@ def test_latents_and_gradients_are_those_of_the_naive_form(family: str) -> None:
         args = (own, inputs)
         latents = compute(model, *args)
         latents.square().mean().backward()
-        grads.append((latents.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        trained = ((name, parameter.grad) for name, parameter in model.named_parameters())
+        grads.append((latents.detach(), {name: grad.clone() for name, grad in trained if grad is not None}))
     (ours, our_grads), (theirs, their_grads) = grads
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     assert our_grads.keys() == their_grads.keys() and any("visual" in name for name in our_grads)

@@ -103,10 +103,9 @@ def test_only_ids_that_decoding_left_no_choice_for_are_forced() -> None:
     model, processor = eager_model(), tiny_processor()
     torch.manual_seed(0)
     answer = processor.tokenizer.encode("Yes")
-    output = model.generate(
-        **tiny_inputs(), do_sample=True, max_new_tokens=24, num_return_sequences=4, top_k=50, latent_strategy="dynamic",
-        max_latent_steps=2, latent_answer_ids=answer, return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
+    options = {"latent_strategy": "dynamic", "max_latent_steps": 2, "latent_answer_ids": answer}
+    sampling = {"do_sample": True, "max_new_tokens": 24, "num_return_sequences": 4, "top_k": 50}
+    output = model.generate(**tiny_inputs(), **options, **sampling, return_dict_in_generate=True, output_scores=True)
     trace, scores = output.latent_trace, torch.stack(output.scores, dim=1)
     only = scores.isfinite().sum(-1) == 1
     forced = forced_mask(trace)

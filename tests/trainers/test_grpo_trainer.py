@@ -1,4 +1,4 @@
-"""GRPO_latent: replay against the rollout, the published loss, credit for latents, metrics, and what a run survives."""
+"""GRPO_latent: replay against the rollout, the published loss, credit for latents, metrics, what a run survives."""
 
 import copy
 import json
@@ -73,7 +73,7 @@ def recorded_logps(trainer: LatentGRPOTrainer, groups: int = 3) -> tuple[dict[st
 def test_at_step_0_the_ratio_to_the_rollout_is_1(fields: dict, tmp_path: Path) -> None:
     """Several spans at different places, prompts of different length, with and without image."""
     trainer = build(tmp_path, eager_model(**fields))
-    batch, rolled = recorded_logps(trainer)
+    batch, rolled = recorded_logps(trainer, groups=6)
     mask, latents = batch["tool_mask"].bool() & batch["completion_mask"].bool(), latent_mask(batch)
     assert torch.equal(mask, trained_mask(batch))
     starts = {latents[row].int().argmax().item() for row in latents.any(1).nonzero()[:, 0]}
@@ -88,7 +88,7 @@ def test_at_step_0_the_ratio_to_the_rollout_is_1(fields: dict, tmp_path: Path) -
 def test_without_replay_the_ratio_is_not_1(tmp_path: Path) -> None:
     trainer = build(tmp_path, latent_replay=False)
     batch, rolled = recorded_logps(trainer)
-    mask, behind = batch["tool_mask"].bool(), latent_mask(batch).cumsum(1) > 0
+    mask, behind = trained_mask(batch), latent_mask(batch).cumsum(1) > 0
     ratio = (policy_logps(trainer, batch) - rolled).exp()
     assert (ratio - 1)[mask & behind].abs().max().item() > 1e-2
     assert (ratio - 1)[mask & ~behind].abs().max().item() < 1e-5
@@ -428,6 +428,7 @@ def test_published_names_and_rollout_options(tmp_path: Path) -> None:
         ({"reward_funcs": 3}, "reward 3 is no function with a name"),
         ({"train_dataset": Dataset.from_list([{"text": "x"}])}, r"neither prompts .* nor records"),
         ({"train_dataset": prompts().select([])}, "train_dataset is empty"),
+        ({"train_dataset": prompts().select([0])}, "train_dataset has 1 prompts, and one rollout takes 2"),
         ({"train_dataset": [{"prompt": "x"}]}, "train_dataset is a list; give a datasets.Dataset"),
     ],
 )
@@ -443,7 +444,7 @@ def build_args(folder: Path, **options: Any) -> Any:
     """The configuration of [`build`]."""
     from trainers.grpo_config import LatentGRPOConfig
 
-    small = {"per_device_train_batch_size": 4, "num_generations": 4, "max_steps": 1}
+    small = {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 1}
     return LatentGRPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **small, **options)
 
 

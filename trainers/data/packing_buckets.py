@@ -170,7 +170,8 @@ def _buckets(
             if kept is None and (dataset, index) not in dropped:
                 dropped.add((dataset, index))
                 logger.warning(
-                    "%s has %d tokens and cannot be cut at %d without losing a part of an image; it is left out",
+                    "%s has %d tokens and cannot be cut at max_packed_tokens=%d without losing a part of an image; it "
+                    "is left out",
                     row_name(dataset, index),
                     length,
                     options.max_packed_tokens,

@@ -317,3 +317,53 @@ def test_rows_are_dealt_to_the_ranks_and_read_by_a_loader() -> None:
 def test_wrong_options_of_rows(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option}=0 must be an integer of at least 1"):
         SequenceBatches([5, 5], 100, **{option: 0})
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_every_epoch_has_as_many_batches(most: int | None) -> None:
+    """Resuming counts batches: they have to be as many in every epoch, whatever the shuffle."""
+    lengths = random_lengths(300, 20, 900)
+    batches = SequenceBatches(lengths, 1000, rows_per_batch=3, world_size=2, max_samples=most, window=60)
+    count, seen = len(batches), []
+    for epoch in range(12):
+        batches.set_epoch(epoch)
+        rows = list(itertools.chain(*batches))
+        assert len(batches) == count and len(rows) == 3 * count
+        assert sorted(itertools.chain(*rows)) == list(range(300))
+        assert all(len(row) == 1 or sum(lengths[i] for i in row) <= 1000 for row in rows)
+        seen.append(rows)
+    assert len({str(rows) for rows in seen}) == 12
+    batches.set_epoch(0)
+    assert list(itertools.chain(*batches)) == seen[0]
+    plans = [pack_sequences(lengths, 1000, epoch=e, max_samples=most, window=60).rows for e in range(12)]
+    assert len(set(map(len, plans))) > 1  # packed on their own they would differ
+
+
+def test_samples_that_hardly_fit_keep_the_rows_of_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = SequenceBatches(random_lengths(40), 1024)
+    first, packed = batches.plan, batches._pack
+    monkeypatch.setattr(batches, "_pack", lambda epoch, attempt: split(packed(epoch, attempt)))
+
+    def split(plan):
+        return type(plan)([[sample] for row in plan.rows for sample in row], [], plan.max_tokens)
+
+    batches.set_epoch(3)
+    assert sorted(batches.plan.rows) == sorted(first.rows) and batches.plan.rows != first.rows
+    assert sorted(batches.plan.row_tokens) == sorted(first.row_tokens)
+
+
+def test_bad_rows_of_buckets_are_left_out_and_messages_name_the_rows(caplog: pytest.LogCaptureFixture) -> None:
+    lengths = [[50, 0, 60, 900, 70, 0], [40, 30, 0]]
+    asked = []
+    batches = BucketBatches(
+        lengths,
+        BucketOptions(100, 80, 4, over_long="cut", replacement=False),
+        can_cut=lambda dataset, index: asked.append((dataset, index)),
+        excluded=[[1, 5], [2]],
+        row_name=lambda dataset, index: f"file {dataset}, row {index}",
+    )
+    assert sorted(itertools.chain(*batches)) == [0, 2, 4, 6, 7]
+    assert (
+        set(asked) == {(0, 3)}
+        and "file 0, row 3 has 900 tokens and cannot be cut at max_packed_tokens=100" in caplog.text
+    )
