@@ -285,7 +285,9 @@ class Joined:
         for length in (lengths[sample] for joined in plan.rows[:4] for sample in joined):
             ids = torch.randint(REST, vocab, (length,), generator=random).tolist()
             samples.append({"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]})
-        return cls(samples, plan.row_tokens[:4], most)
+        # A plan fills a row from long to short; padded batches are drawn at random.
+        order = torch.randperm(len(samples), generator=random).tolist()
+        return cls([samples[place] for place in order], plan.row_tokens[:4], most)
 
     @property
     def tokens(self) -> int:

@@ -12,9 +12,11 @@ win. The names of the published code are understood too (`hub_configs/methods/lv
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from transformers import set_seed
 
+from modeling_latent.generation_latent import saved_generation_config
 from trainers import LatentSFTTrainer, LVRSFTConfig
 from trainers.data.lvr import read_lvr
 from trainers.model_loading import LatentModelConfig, load_for_training
@@ -32,6 +34,20 @@ class LVRScriptArguments(ScriptArguments):
     outside: str = field(
         default="refuse", metadata={"help": "A box over the border of its image: 'refuse' the row, or 'clip' it."}
     )
+    latent_strategy: str | None = field(
+        default=None, metadata={"help": "Decoding strategy saved with the model: fixed, end_vector, mode_switch, ..."}
+    )
+    num_latent_steps: int | None = field(
+        default=None, metadata={"help": "Latents of every span, saved with the model (fixed)."}
+    )
+    max_latent_steps: int | None = field(
+        default=None, metadata={"help": "Most latents of a span, saved with the model (the other strategies)."}
+    )
+
+    def decoding(self) -> dict[str, Any]:
+        """Options of `generate` that are saved with the model."""
+        names = ("latent_strategy", "num_latent_steps", "max_latent_steps")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass
@@ -65,6 +81,7 @@ def build_trainer(
     model, processor, peft_config = load_for_training(
         model_args, config.latent_method or "lvr", weights=weights, trust_remote_code=config.trust_remote_code
     )
+    model.generation_config = saved_generation_config(model.generation_config, **script.decoding())
     train, held_out = load_data(script, config, processor.latent_tokens)
     return LatentSFTTrainer(
         model=model,

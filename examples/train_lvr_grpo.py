@@ -10,6 +10,7 @@ The names of the published code are understood too (`hub_configs/methods/lvr.md`
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,6 +20,7 @@ from transformers import set_seed
 from trainers import LatentGRPOConfig, LatentGRPOTrainer
 from trainers.data.lvr import read_lvr_grpo
 from trainers.data.virl39k import read_virl39k
+from trainers.dry_run import no_reference
 from trainers.model_loading import LatentModelConfig, load_for_training
 from trainers.published_arguments import PublishedParser
 from trainers.scripts import MAZES, ScriptArguments, load_mazes, load_table, parse_recipe, run_training
@@ -47,6 +49,13 @@ def load_data(script: ScriptArguments, config: LatentGRPOConfig, tokens: dict[st
     ), None
 
 
+def default_rewards(script: ScriptArguments, config: LatentGRPOConfig) -> list[str] | None:
+    """Rewards when none is named: of right answers in the right form."""
+    if config.reward_sources():
+        return None
+    return ["maze_reward" if script.data_path is None else "verified_accuracy_reward", "span_format_reward"]
+
+
 def build_trainer(
     script: ScriptArguments, config: LatentGRPOConfig, model_args: LatentModelConfig, weights: bool = True
 ) -> LatentGRPOTrainer:
@@ -56,14 +65,16 @@ def build_trainer(
         model_args, "lvr", weights=weights, trust_remote_code=config.trust_remote_code
     )
     train, held_out = load_data(script, config, processor.latent_tokens)
-    return LatentGRPOTrainer(
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=processor,
-        peft_config=peft_config,
-    )
+    with nullcontext() if weights else no_reference(config):
+        return LatentGRPOTrainer(
+            model=model,
+            reward_funcs=default_rewards(script, config),
+            args=config,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=processor,
+            peft_config=peft_config,
+        )
 
 
 def main() -> None:

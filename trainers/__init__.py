@@ -10,7 +10,7 @@
 | killed and resumed runs, NaN | `checkpoints`, `checkpoint_files`, `tensor_names`, `run_facts`, `fault_tolerance` |
 | from a recipe to a model | `model_loading`, `adapters`, `dry_run`, `batch_preview` |
 | what the scripts in `examples/` share | `scripts`; names of published options: `published_arguments` |
-| rewards | `rewards`, `reward_loading` |
+| reinforcement learning | `grpo_config`, `grpo_trainer` (parts: `grpo_*`), `rewards`, `reward_loading` |
 | tiny models, built in code | `tiny`, `tiny_tokenizer` |
 
 Names are imported when first used, so that `import trainers` costs nothing.
@@ -20,6 +20,8 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
+    "LatentGRPOConfig": "grpo_config",
+    "LatentGRPOTrainer": "grpo_trainer",
     "LatentSFTCollator": "collators",
     "LatentSFTConfig": "configs",
     "LatentSFTTrainer": "sft_trainer",

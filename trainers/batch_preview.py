@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .data.records import RECORD_FIELDS, open_image, record_from_row
+from .grpo_trainer import LatentGRPOTrainer
 from .sft_trainer import LatentSFTTrainer
 
 _KINDS = {"-": "not trained", "c": "cross entropy", "l": "latent loss"}
@@ -77,13 +78,40 @@ def batch_lines(trainer: LatentSFTTrainer, batch: FirstBatch) -> list[str]:
     return lines
 
 
+def prompt_lines(trainer: LatentGRPOTrainer) -> list[str]:
+    """The first prompt of the second stage as the model will see it, its images and its solution."""
+    row, processor = trainer.train_dataset[0], trainer.processing_class
+    record = _record(row)
+    images = [open_image(image, record) for image in record["images"] or []]
+    *system, user = row["prompt"]
+    parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": user["content"]}]
+    text = processor.apply_chat_template(
+        [*system, {"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+    batch = processor(text=[text], images=images or None, return_tensors="pt")
+    ids = batch["input_ids"][0].tolist()
+    grids = iter(batch["image_grid_thw"].tolist() if images else [])
+    shown = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    solution = row.get("assistant")
+    return [
+        f"first prompt {_name(row)}: {len(ids)} tokens",
+        *_image_lines(row, grids, processor.image_processor),
+        f"  prompt        | {_folded(shown, processor)}",
+        *([f"  solution      | {_folded(solution['content'], processor)}"] if solution else []),
+    ]
+
+
 def _name(row: Any) -> str:
     return f"id {row['id']!r}" if row.get("id") else "a record without id"
 
 
+def _record(row: Any) -> Any:
+    known = {name: value for name, value in row.items() if name in RECORD_FIELDS}
+    return record_from_row({**dict.fromkeys(RECORD_FIELDS), "id": "", "question": "", "answer": "", **known})
+
+
 def _image_lines(row: Any, grids: Iterator[list[int]], image_processor: Any) -> list[str]:
-    record = record_from_row({**dict.fromkeys(RECORD_FIELDS), "id": "", "question": "", "answer": "", **row})
-    lines = []
+    record, lines = _record(row), []
     for number, image in enumerate(record["images"] or []):
         width, height = open_image(image, record).size
         _, rows, columns = next(grids)
@@ -113,4 +141,4 @@ def _folded(text: str, processor: Any) -> str:
     return text.replace("\n", "\\n")
 
 
-__all__ = ["FirstBatch", "batch_lines", "first_batch"]
+__all__ = ["FirstBatch", "batch_lines", "first_batch", "prompt_lines"]

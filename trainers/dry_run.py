@@ -17,10 +17,12 @@ from transformers.trainer_utils import has_length
 from transformers.utils import is_bitsandbytes_available
 
 from .adapters import KEPT_UNQUANTISED
-from .batch_preview import FirstBatch, batch_lines, first_batch
+from .batch_preview import FirstBatch, batch_lines, first_batch, prompt_lines
 from .configs import LatentSFTConfig
 from .data.dynamic_batching import BalancedBatches, ReferenceBatches, reference_batches
 from .dynamic_loader import data_seed
+from .grpo_config import LatentGRPOConfig
+from .grpo_trainer import LatentGRPOTrainer
 from .packed_loader import packing_lines
 from .sft_trainer import LatentSFTTrainer
 
@@ -36,7 +38,7 @@ _PARTS = {
 
 
 @contextmanager
-def dry_run_settings(args: LatentSFTConfig) -> Iterator[None]:
+def dry_run_settings(args: LatentSFTConfig | LatentGRPOConfig) -> Iterator[None]:
     """Set a configuration so that the trainer built from it writes and uploads nothing.
 
     Raises:
@@ -59,7 +61,19 @@ def dry_run_settings(args: LatentSFTConfig) -> Iterator[None]:
                 setattr(args, name, value)
 
 
-def dry_run_report(trainer: LatentSFTTrainer, num_processes: int | None = None, bits: float | None = None) -> str:
+@contextmanager
+def no_reference(args: LatentGRPOConfig) -> Iterator[None]:
+    """Build a GRPO trainer without its reference: a copy of a model on the meta device cannot be placed."""
+    beta, args.beta = args.beta, 0.0
+    try:
+        yield
+    finally:
+        args.beta = beta
+
+
+def dry_run_report(
+    trainer: LatentSFTTrainer | LatentGRPOTrainer, num_processes: int | None = None, bits: float | None = None
+) -> str:
     """Describe the run of a trainer whose model is on the meta device.
 
     Args:
@@ -73,17 +87,18 @@ def dry_run_report(trainer: LatentSFTTrainer, num_processes: int | None = None, 
     processes = trainer.args.world_size if num_processes is None else num_processes
     if processes < 1:
         raise ValueError(f"dry_run_processes={num_processes} must be at least 1; leave it out for one process")
-    batch = first_batch(trainer)
     lines = ["dry run: no weights are read, nothing is trained or written", ""]
     lines += _model_lines(trainer) + _group_lines(trainer) + _memory_lines(trainer, processes, bits)
-    lines += _step_lines(trainer, processes, batch) + [""] + batch_lines(trainer, batch)
-    return "\n".join(lines)
+    if isinstance(trainer, LatentGRPOTrainer):
+        return "\n".join(lines + _rollout_lines(trainer, processes) + [""] + prompt_lines(trainer))
+    batch = first_batch(trainer)
+    return "\n".join(lines + _step_lines(trainer, processes, batch) + [""] + batch_lines(trainer, batch))
 
 
 # Model ------------------------------------------------------------------------------------------------------------
 
 
-def _model_lines(trainer: LatentSFTTrainer) -> list[str]:
+def _model_lines(trainer: LatentSFTTrainer | LatentGRPOTrainer) -> list[str]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config
@@ -112,7 +127,7 @@ def _dtype(model: nn.Module) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def _group_lines(trainer: LatentSFTTrainer) -> list[str]:
+def _group_lines(trainer: LatentSFTTrainer | LatentGRPOTrainer) -> list[str]:
     args = trainer.args
     # also refuses an optimiser that is not installed
     optimiser, kwargs = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
@@ -129,7 +144,7 @@ def _group_lines(trainer: LatentSFTTrainer) -> list[str]:
     return lines
 
 
-def _memory_lines(trainer: LatentSFTTrainer, processes: int, bits: float | None) -> list[str]:
+def _memory_lines(trainer: LatentSFTTrainer | LatentGRPOTrainer, processes: int, bits: float | None) -> list[str]:
     """Weights, gradients and the two moments of Adam; what grows with the batch is not known without running it."""
     quantised = _quantised_weights(trainer.model) if bits else set()
     weights = gradients = masters = 0.0
@@ -174,16 +189,53 @@ def _step_lines(trainer: LatentSFTTrainer, processes: int, batch: FirstBatch) ->
         lines, samples, epoch = packing_lines(trainer.packing_plan, processes)
     else:
         lines, samples, epoch = _dynamic_lines(trainer, processes)
+    return [_data_line(trainer), *lines, *_schedule_lines(args, samples, epoch)]
+
+
+def _schedule_lines(args: LatentSFTConfig | LatentGRPOConfig, samples: float, epoch: float) -> list[str]:
+    """Steps and learning rate, from the mean samples of an optimiser step and the steps of an epoch."""
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
     share = "the data has no end" if epoch == math.inf else f"{steps / epoch:.2f} epochs of {epoch:,.0f} steps"
     warmup = args.get_warmup_steps(steps)
     return [
-        _data_line(trainer),
-        *lines,
         f"steps       {steps:,} ({share}), {round(steps * samples):,} samples",
         f"schedule    {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}, warm-up {warmup:,} steps "
         f"({warmup / steps:.1%}), peak lr {args.learning_rate:g}",
     ]
+
+
+def _rollout_lines(trainer: LatentGRPOTrainer, processes: int) -> list[str]:
+    """Data, rollouts, rewards, decoding and steps of the second stage."""
+    args = trainer.args
+    completions = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    rollout = args.per_device_train_batch_size * args.steps_per_generation * processes
+    if rollout % args.num_generations:
+        raise ValueError(
+            f"num_generations={args.num_generations} does not divide the {rollout} completions of a rollout over "
+            f"{processes} processes; change per_device_train_batch_size or gradient_accumulation_steps"
+        )
+    groups = rollout // args.num_generations
+    steps_per_rollout = args.num_iterations * rollout / completions
+    epoch = len(trainer.train_dataset) // groups * steps_per_rollout
+    options = ", ".join(f"{name}={value}" for name, value in trainer.latent_options.items() if name != "latent_topk")
+    weights = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
+    return [
+        _data_line(trainer),
+        f"batches     {args.per_device_train_batch_size} completions x {args.gradient_accumulation_steps} accumulated x "
+        f"{processes} processes = {completions} completions a step",
+        f"rollouts    {groups} prompts x {args.num_generations} completions of at most {args.max_completion_length} "
+        f"tokens, for {steps_per_rollout:g} steps; {options}; temperature {args.temperature:g}",
+        f"rewards     {', '.join(f'{name} x {weight:g}' for name, weight in weights)}",
+        f"loss        {args.loss_type}, epsilon {args.epsilon:g}, beta {args.beta:g}{_reference(trainer)}",
+        *_schedule_lines(args, completions / args.num_generations, max(epoch, 1)),
+    ]
+
+
+def _reference(trainer: LatentGRPOTrainer) -> str:
+    if not trainer.args.beta:
+        return " (no reference)"
+    adapted = hasattr(trainer.accelerator.unwrap_model(trainer.model), "get_base_model")
+    return " (reference: the base without the adapter)" if adapted else " (reference: a second copy of the weights)"
 
 
 def _plain_lines(trainer: LatentSFTTrainer, processes: int, batch: FirstBatch) -> tuple[list[str], float, float]:
@@ -206,7 +258,7 @@ def _plain_lines(trainer: LatentSFTTrainer, processes: int, batch: FirstBatch) -
     return lines, samples, epoch
 
 
-def _data_line(trainer: LatentSFTTrainer) -> str:
+def _data_line(trainer: LatentSFTTrainer | LatentGRPOTrainer) -> str:
     data = trainer.train_dataset
     number = f"{len(data):,} records" if has_length(data) else "a stream of records"
     evaluated = trainer.eval_dataset
@@ -251,4 +303,4 @@ def _dynamic_lines(trainer: LatentSFTTrainer, processes: int) -> tuple[list[str]
     return lines, samples, epoch
 
 
-__all__ = ["dry_run_report", "dry_run_settings"]
+__all__ = ["dry_run_report", "dry_run_settings", "no_reference"]

@@ -3,6 +3,7 @@
 Paper: "Latent Visual Reasoning" (LVR), arXiv 2509.24251, stage 2 (method card, section 2.7).
 """
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from .data.lvr_text import grpo_example
+from .data.records import open_image
 from .rewards import system_prompt
 
 _NEEDED = ("question", "answer")
@@ -60,7 +62,22 @@ def prompt_dataset(name: str, dataset: Any, prompt: str | None = None) -> Any:
     options = {"remove_columns": ["messages"]} if "messages" in columns else {}
     if isinstance(dataset, IterableDataset):
         return dataset.map(write, **options)
-    return dataset.map(write, desc=f"Prompts of {name}", **options)
+    written = dataset.map(write, desc=f"Prompts of {name}", **options)
+    if "images" in columns:  # a table that does not decode images has their paths or bytes
+        written.set_transform(_with_open_images)
+    return written
+
+
+def _with_open_images(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The rows with their images opened: here, where an error can name file and row."""
+    number = len(rows["images"])
+    metas = [json.loads(meta) if meta else {} for meta in rows.get("meta") or [None] * number]
+    records = [{"meta": meta, "id": id} for meta, id in zip(metas, rows.get("id") or [""] * number, strict=True)]
+    opened = [
+        [open_image(image, record) for image in images or []]
+        for images, record in zip(rows["images"], records, strict=True)
+    ]
+    return {**rows, "images": opened}
 
 
 def _with_prompt(row: Mapping[str, Any], message: str | None) -> dict[str, Any]:

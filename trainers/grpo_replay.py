@@ -20,7 +20,12 @@ import torch
 from modeling_latent.latent_strategies import get_latent_strategy
 from modeling_latent.latent_trace import LatentTrace
 
-from .losses.grpo_latent import completion_mask_until_eos, sampled_token_mask
+from .losses.grpo_latent import (
+    completion_mask_until_eos,
+    gaussian_latent_log_ratio,
+    put_latent_logps,
+    sampled_token_mask,
+)
 
 SAID_BY_POLICY = "end_token"  # the stop rule that reads what the policy said
 _PREFIX = "replay_"
@@ -193,6 +198,40 @@ def image_rows(inputs: dict[str, Any], rows: slice) -> dict[str, torch.Tensor]:
     return kept
 
 
+def credit_latents(
+    batch: dict[str, Any], logps: torch.Tensor, means: torch.Tensor, replay: Replay, sigma: float, reduction: str
+) -> torch.Tensor:
+    """Log ratios to the old policy in the place of log-probabilities at latents (`latent_policy="gaussian"`).
+
+    Only differences of log-probabilities enter the loss; relative to the old policy they keep all their digits
+    (`losses.grpo_latent.gaussian_latent_log_ratio`).
+
+    Args:
+        batch: TRL's, whose entries for the old policy and the reference are made relative, too.
+        logps: `(B, C)`.
+        means: `(B, N, H)` what the policy would feed at the recorded latents, with gradient.
+        sigma, reduction: of the Gaussian.
+
+    Returns:
+        `(B, C)`.
+    """
+    prompt_length, length = batch["prompt_ids"].shape[1], logps.shape[1]
+    base = means.detach() if replay.old_means is None else replay.old_means
+    mask = replay.mask(prompt_length + length)[:, prompt_length:]
+
+    def ratio(states: torch.Tensor) -> torch.Tensor:
+        values = gaussian_latent_log_ratio(replay.vectors, states, base, sigma, reduction)
+        return replay.dense(values, length, prompt_length)
+
+    values = {"old_per_token_logps": torch.zeros_like(logps)}
+    if replay.ref_means is not None:
+        values["ref_per_token_logps"] = ratio(replay.ref_means)
+    for name, value in values.items():
+        if name in batch:
+            batch[name] = put_latent_logps(batch[name], value, mask)
+    return put_latent_logps(logps, ratio(means), mask)
+
+
 # Metrics and text ------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +295,7 @@ __all__ = [
     "LossMasks",
     "Replay",
     "completion_texts",
+    "credit_latents",
     "forced_mask",
     "hidden_special_ids",
     "image_rows",

@@ -29,8 +29,17 @@ from trl.trainer import grpo_trainer as trl_grpo
 from modeling_latent import LatentTrace
 
 from .fault_tolerance import RECORD_LABELS, LabelledCollator
-from .grpo_replay import LossMasks, Replay, completion_texts, image_rows, latent_counts, latent_metrics, latent_paths
-from .losses.grpo_latent import completion_metrics, gaussian_latent_log_ratio, group_reward_std, put_latent_logps
+from .grpo_replay import (
+    LossMasks,
+    Replay,
+    completion_texts,
+    credit_latents,
+    image_rows,
+    latent_counts,
+    latent_metrics,
+    latent_paths,
+)
+from .losses.grpo_latent import completion_metrics, group_reward_std
 
 # Methods that are overridden or called here, with parameters that are relied on.
 _METHODS = {
@@ -245,7 +254,7 @@ class LatentRolloutMixin:
         **inputs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         """Log-probabilities and entropies `(B, C)` of the completion, teacher forced on the recorded latents; 0 at
-        latents and padding (with `latent_policy="gaussian"`: their log ratio to the old policy)."""
+        latents and padding (in the loss with `latent_policy="gaussian"`: see [`credit_latents`])."""
         foreign = [name for name in _FOREIGN_INPUTS if inputs.get(name) is not None]
         if foreign or compute_aux_loss:
             raise ValueError(f"{foreign or 'router_aux_loss_coef'}: no latent model takes it; leave it out")
@@ -276,36 +285,12 @@ class LatentRolloutMixin:
             entropies.append(output.entropy)
             means.append(output.means)
         scores = torch.cat(logps)
-        if gaussian:
-            scores = self._credit_latents(scores, torch.cat(means), replay, input_ids.shape[1] - logits_to_keep)
-        return scores, torch.cat(entropies) if compute_entropy else None, None
-
-    def _credit_latents(
-        self, logps: torch.Tensor, means: torch.Tensor, replay: Replay, prompt_length: int
-    ) -> torch.Tensor:
-        """Log ratios to the old policy in the place of log-probabilities at latents.
-
-        Only differences of log-probabilities enter the loss; relative to the old policy they keep all their digits
-        (`losses.grpo_latent.gaussian_latent_log_ratio`). While completions are scored, the means are kept.
-        """
-        if self._batch is None:
-            self._scored_means.append(means.detach())
-            return logps
-        base = means.detach() if replay.old_means is None else replay.old_means
-        mask = replay.mask(prompt_length + logps.shape[1])[:, prompt_length:]
-
-        def ratio(states: torch.Tensor) -> torch.Tensor:
+        if gaussian and self._batch is None:  # while completions are scored
+            self._scored_means.append(torch.cat(means).detach())
+        elif gaussian:
             options = (self.args.latent_policy_sigma, self.args.latent_policy_reduction)
-            values = gaussian_latent_log_ratio(replay.vectors, states, base, *options)
-            return replay.dense(values, logps.shape[1], prompt_length)
-
-        values = {"old_per_token_logps": torch.zeros_like(logps)}
-        if replay.ref_means is not None:
-            values["ref_per_token_logps"] = ratio(replay.ref_means)
-        for name, value in values.items():
-            if name in self._batch:
-                self._batch[name] = put_latent_logps(self._batch[name], value, mask)
-        return put_latent_logps(logps, ratio(means), mask)
+            scores = credit_latents(self._batch, scores, torch.cat(means), replay, *options)
+        return scores, torch.cat(entropies) if compute_entropy else None, None
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         self._batch, self._replay = dict(inputs), Replay.from_batch(inputs)

@@ -85,8 +85,9 @@ import contextlib, io, json, runpy, sys
 from pathlib import Path
 root, reports = Path(sys.argv[1]), {}
 sys.path.insert(0, str(root))
-for recipe, script in json.loads(sys.argv[2]).items():
+for recipe, (script, model) in json.loads(sys.argv[2]).items():
     sys.argv = [script, "--config", str(root / recipe), "--dry_run", "--num_mazes", "64", "--num_eval_mazes", "2"]
+    sys.argv += ["--model_name_or_path", model] if model else []
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         runpy.run_path(str(root / script), run_name="__main__")
@@ -104,6 +105,15 @@ def script_of(path: Path) -> str:
     return found[1]
 
 
+def start_of(path: Path) -> str | None:
+    """For a recipe that goes on from the folder of another: the model that this one starts from."""
+    folder = yaml.safe_load(path.read_text()).get("model_name_or_path", "")
+    if not folder.startswith("runs/"):
+        return None
+    before = next(other for other in RECIPES if yaml.safe_load(other.read_text()).get("output_dir") == folder)
+    return yaml.safe_load(before.read_text()).get("model_name_or_path", str(ROOT / "hub_configs/maze-tiny/base"))
+
+
 @pytest.fixture(scope="module")
 def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the dry run of each recipe prints, all in one process, and which files of the Hub were asked for."""
@@ -113,7 +123,7 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             repo = hub.repos["models", name] = Repo()
             commit = repo.add(published_files(name))
             asked[name] = repo.commits[commit] = AskedFiles(repo.commits[commit])
-        scripts = {name: script_of(path) for name, path in zip(NAMES, RECIPES, strict=True)}
+        scripts = {name: (script_of(path), start_of(path)) for name, path in zip(NAMES, RECIPES, strict=True)}
         printed = hub.run(DRY_RUNS, str(ROOT), json.dumps(scripts), timeout=600)
         result = json.loads(printed.strip().splitlines()[-1])
         return {**result, "asked": {name: files.asked for name, files in asked.items()}}
@@ -122,10 +132,16 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_says_what_it_would_do(name: str, dry_runs: dict[str, Any]) -> None:
     report, values = dry_runs["reports"][name], yaml.safe_load((ROOT / name).read_text())
-    assert "dry run: no weights are read" in report and "\nfirst batch " in report
-    assert "latent loss   | " in report and "cross entropy | <|laser_start|>" in report
-    model = values.get("model_name_or_path")
-    if model is not None:
+    assert "dry run: no weights are read" in report
+    if "grpo" in name:
+        assert "\nfirst prompt " in report and "\nrollouts    " in report and "\nrewards     " in report
+        assert f"beta {values.get('beta', 0.04):g} (reference: " in report or values.get("beta") == 0
+    else:
+        method = values["latent_method"]
+        start = {"laser": "<|laser_start|>", "lvr": "<|lvr_start|>"}[method]
+        assert "\nfirst batch " in report and "latent loss   | " in report and f"cross entropy | {start}" in report
+    model = start_of(ROOT / name) or values.get("model_name_or_path")
+    if model in TOTALS:
         assert f"parameters  {TOTALS[model]:,} in all" in report or values.get("use_peft")
         assert f", from {model}" in report
     assert f"steps       {values['max_steps']:,} (" in report

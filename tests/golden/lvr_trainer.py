@@ -1,4 +1,4 @@
-"""LVR golden vectors of stage 1 through the trainer's wrapped forward: what a user's run computes (card, section 4)."""
+"""LVR golden vectors of stage 1 through the trainer's wrapped forward: as in a run of a user (card, section 4)."""
 
 from __future__ import annotations
 

@@ -359,6 +359,8 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(checkpointing: bool, tmp_pat
     model, processor = load_latent_model(tmp_path / "a" / "checkpoint-2")
     assert torch.equal(model.lm_head.weight, whole.model.lm_head.weight)
     assert model.config.latent_start_token_id == processor.latent_start_token_id
+    named = build(tmp_path / "b", str(tmp_path / "a" / "checkpoint-2"))
+    assert torch.equal(named.model.lm_head.weight, model.lm_head.weight) and named.ref_model is not None
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(tmp_path: Path) -> None:

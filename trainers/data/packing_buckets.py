@@ -176,6 +176,11 @@ def _buckets(
                     length,
                     options.max_packed_tokens,
                 )
+                if len(dropped) == sum(map(len, shards)):  # an endless stream would look for a sample for ever
+                    raise ValueError(
+                        f"none of the {len(dropped)} samples of worker {worker} can be cut at max_packed_tokens="
+                        f"{options.max_packed_tokens}; raise it, or choose over_long='keep'"
+                    )
             ready, rest = ([[kept]] if kept is not None else []), None
         else:
             ready, rest = ([], bucket) if single else _divide(bucket, options)

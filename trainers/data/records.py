@@ -351,11 +351,12 @@ def _decode_image(image: Any, record: Mapping[str, Any]) -> Any:
 
 
 def open_image(image: Any, record: Mapping[str, Any]) -> PILImage.Image:
-    """An image of a record, opened if it is a path, as RGB.
+    """An image of a record, or of a table that does not decode images, opened if it is a path, as RGB.
 
     Raises:
         RecordError: names file and row of the record whose image cannot be read.
     """
+    image = _decode_image(image, record)
     if isinstance(image, PILImage.Image):
         return image.convert("RGB")
     try:

@@ -15,6 +15,7 @@ from trainers.data.packing import (
     BucketOptions,
     JoinedRows,
     SequenceBatches,
+    SequencePlan,
     can_be_cut,
     cut_example,
     pack_sequences,
@@ -344,8 +345,8 @@ def test_samples_that_hardly_fit_keep_the_rows_of_the_first_epoch(monkeypatch: p
     first, packed = batches.plan, batches._pack
     monkeypatch.setattr(batches, "_pack", lambda epoch, attempt: split(packed(epoch, attempt)))
 
-    def split(plan):
-        return type(plan)([[sample] for row in plan.rows for sample in row], [], plan.max_tokens)
+    def split(plan: SequencePlan) -> SequencePlan:
+        return SequencePlan([[sample] for row in plan.rows for sample in row], [], plan.max_tokens)
 
     batches.set_epoch(3)
     assert sorted(batches.plan.rows) == sorted(first.rows) and batches.plan.rows != first.rows
@@ -367,3 +368,9 @@ def test_bad_rows_of_buckets_are_left_out_and_messages_name_the_rows(caplog: pyt
         set(asked) == {(0, 3)}
         and "file 0, row 3 has 900 tokens and cannot be cut at max_packed_tokens=100" in caplog.text
     )
+
+
+def test_a_worker_whose_samples_all_fall_out_is_noticed() -> None:
+    options = BucketOptions(50, 30, over_long="cut")
+    with pytest.raises(ValueError, match="none of the 2 samples of worker 0 can be cut at max_packed_tokens=50"):
+        next(plan_buckets([[70, 80]], options, can_cut=lambda dataset, index: False))
