@@ -1,9 +1,10 @@
 """Accuracy of a latent model on mazes: generated held-out ones, and the published ones when their folder is given.
 
     python examples/evaluate.py --model runs/quickstart/laser-maze --vsp_dir ../shared/data/vsp_maze
+    python examples/evaluate.py --model runs/lvr-maze-grpo --strategies fixed --compare runs/lvr-maze  # paired
 
 Every condition is one line: accuracy with its 95 % Wilson interval, accuracy by size, mean latent steps and generated
-positions; differences to the first condition with a paired bootstrap interval.
+positions; differences to the first condition, and to another model, with a paired bootstrap interval.
 """
 
 import argparse
@@ -27,26 +28,36 @@ def main() -> None:
         "--strategies", nargs="+", default=["dynamic", "off"], help="conditions, the first is the reference"
     )
     parser.add_argument("--num_latent_steps", type=int, default=None, help="slots of a span for 'fixed'")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="budget of a reply, slots included")
+    parser.add_argument("--compare", default=None, help="another model on the same mazes")
+    parser.add_argument("--compare_strategy", default=None, help="its strategy; default: the first of --strategies")
     parser.add_argument("--batch_size", type=int, default=50, help="prompts per call of generate")
     parser.add_argument("--output", default=None, help="write predictions and accuracies to this JSON file")
     args = parser.parse_args()
 
-    # a stock model is made latent, for `--strategies off`
-    model, processor = load_latent_model(
-        args.model, method="laser", adapter="merge", revision=args.revision, trust_remote_code=True
-    )
+    conditions = [(args.model, args.revision, strategy) for strategy in args.strategies]
+    if args.compare:
+        conditions.append((args.compare, None, args.compare_strategy or args.strategies[0]))
+    models = {}
+    for name, revision, _ in conditions:
+        if name not in models:  # a stock model is made latent, for `--strategies off`
+            models[name] = load_latent_model(
+                name, method="laser", adapter="merge", revision=revision, trust_remote_code=True
+            )
     sets = {"held-out": list(maze_dataset(args.num_mazes, seed=args.seed, split="test"))}
     if args.vsp_dir:
         sets["published"] = read_published_mazes(args.vsp_dir, cell_pixels=28)
     results = {}
     for name, records in sets.items():
         reports = []
-        for strategy in args.strategies:
-            options = {"num_latent_steps": args.num_latent_steps} if strategy == "fixed" else {}
+        for model, _, strategy in conditions:
+            options = {"max_new_tokens": args.max_new_tokens, "latent_strategy": strategy}
+            if strategy == "fixed" and args.num_latent_steps:
+                options["num_latent_steps"] = args.num_latent_steps
+            other = f", {Path(model).name}" if model != args.model else ""
             report = evaluate_mazes(
-                f"{name}, latents {strategy}", model, processor, records, args.batch_size, latent_strategy=strategy,
-                **options,
-            )  # fmt: skip
+                f"{name}, latents {strategy}{other}", *models[model], records, args.batch_size, **options
+            )
             print(report.line())
             reports.append(report)
             results[report.name] = summary(report)

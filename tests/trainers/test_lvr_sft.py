@@ -226,6 +226,14 @@ def test_only_text_has_a_latent_loss_of_zero(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["loss_latent"] == 0
 
 
+def test_without_spans_the_cross_entropy_alone_is_trained(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, latent_form="none", eval_dataset=records_to_dataset(scenes()))
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss_latent"] == 0 and logged["loss_total"] == pytest.approx(logged["loss_ce"])
+    assert trainer.evaluate()["eval_loss_latent"] == 0
+
+
 def test_regions_in_the_collator() -> None:
     processor = tiny.build_tiny_processor(latent_tokens=LVR_TOKENS)
     mazes = [record_from_row(row) for row in maze_dataset(3, seed=1)]

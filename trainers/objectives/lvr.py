@@ -112,7 +112,7 @@ class LVRObjective(LatentObjective):
         slots, size = self.fed_positions(ids), model.config.get_text_config().hidden_size
         changed: dict[str, Any] = {"latent_mask": slots}
         targets = torch.zeros(0, size, device=ids.device)
-        if inputs.get("pixel_values") is not None:
+        if inputs.get("pixel_values") is not None and self.args.latent_form == "regions":
             if "region_index" not in inputs:
                 raise ValueError("the batch has no region_index; collate it with latent_form='regions'")
             encoded = model.base_model.get_image_features(
