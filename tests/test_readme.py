@@ -76,7 +76,7 @@ def script_problems(script: str, arguments: list[str]) -> list[str]:
     if not (ROOT / script).is_file():
         return []  # reported as a missing file
     known = set(re.findall(r"--[\w-]+", help_text(script)))
-    if "TrlParser" in (ROOT / script).read_text():
+    if re.search("TrlParser|parse_recipe", (ROOT / script).read_text()):
         known.add("--config")  # TRL's parser takes it before argparse sees the arguments
     options = [word.split("=")[0] for word in arguments if re.match(r"--\w", word)]
     return [f"{script} has no option {option}" for option in options if option not in known]

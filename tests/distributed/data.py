@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from datasets import Dataset
+
+from tests.tiny import tiny_images
 from trainers.data.mazes import maze_dataset, maze_stream
 from trainers.data.records import make_record, records_to_dataset
 
@@ -27,3 +30,15 @@ def train_data(kind: str) -> Any:
     else:
         rows = [mazes[0], texts[0], mazes[1], mazes[2], texts[1], mazes[3], mazes[4], texts[2]]
     return type(mazes).from_list(rows, features=mazes.features)
+
+
+def prompt_data(kind: str) -> Dataset:
+    """Questions for GRPO, of different length and with images of different size."""
+    images = tiny_images(6)
+    if kind == "text beside images":  # the second of two processes never sees an image
+        images[1::2] = [None] * 3
+    questions = ["What is it?" + " Look, and say yes or no." * (i % 3) for i in range(6)]
+    pairs = zip(questions, images, strict=True)
+    return records_to_dataset(
+        [make_record(f"g{i}", question, "No", [image] if image else []) for i, (question, image) in enumerate(pairs)]
+    )

@@ -33,10 +33,13 @@ from trainers import LatentSFTCollator
 pytestmark = pytest.mark.distributed
 
 LVR = ("lvr", "lvr, text on one process", "lvr, free")
+GRPO = tuple(name for name in RUNS if RUNS[name].base == "grpo")
 COMPARED = ("adamw", "own", "token", "text on one process", "dynamic", *LVR)
 METRICS = ("loss", "loss_total", "loss_ce", "loss_latent", "grad_norm")
 LASER_METRICS = (*METRICS, "confused_ratio", "last_concept_ratio")
 LVR_METRICS = (*METRICS, "loss_mode_switch", "latent_cosine", "latent_cosine_free")
+TIMES = ("step_time", "runtime", "per_second")
+TOKEN_MEANS = ("kl", "entropy", "clip_ratio")  # over the micro-batch of all processes, then over micro-batches
 TIMEOUT = 600  # seconds for all runs of a launch: processes that wait for each other do so for ever
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -55,17 +58,17 @@ class Way:
 
 
 WAYS = {
-    "ddp": Way(TORCHRUN, (*COMPARED, "stream", "fsdp2"), "MULTI_CPU", None, "AdamW"),
+    "ddp": Way(TORCHRUN, (*COMPARED, *GRPO, "stream", "fsdp2"), "MULTI_CPU", None, "AdamW"),
     "zero2": Way(
         launcher=(*ACCELERATE, "hub_configs/accelerate/cpu_zero2.yaml"),
-        runs=("adamw", "token", "dynamic", *LVR),
+        runs=("adamw", "token", "dynamic", *LVR, *GRPO),
         kind="DEEPSPEED",
         stage=2,
         optimizer="DeepSpeedZeroOptimizer",
     ),
     "zero3": Way(
         launcher=(*ACCELERATE, "hub_configs/accelerate/cpu_zero3.yaml"),
-        runs=("adamw", "own", "token", "text on one process", *LVR, "script"),
+        runs=("adamw", "own", "token", "text on one process", *LVR, *GRPO, "script"),
         kind="DEEPSPEED",
         stage=3,
         optimizer="DeepSpeedZeroOptimizer_Stage3",
@@ -180,7 +183,23 @@ def test_losses_and_metrics_are_those_of_one_process(way: str, name: str, one: A
     assert name not in LVR or "eval_latent_cosine_free" in whole["log"][-1]
 
 
-@by_way(*COMPARED)
+@by_way(*GRPO)
+def test_completions_rewards_and_losses_are_those_of_one_process(way: str, name: str, one: Any, two: Any) -> None:
+    whole, parts = one(name), two(way, name)
+    both = zip(*(part["seen"] for part in parts), strict=True)
+    assert whole["seen"] == [first + second for first, second in both]
+    steps = [entry for entry in whole["log"] if "reward" in entry]
+    assert all(entry["latent/steps_mean"] > 0 and entry["reward_std"] > 0 for entry in steps)
+    assert all(entry["grad_norm"] > 0 for entry in whole["log"] if "loss" in entry)
+    left_out = TIMES if "gradient_accumulation_steps" not in RUNS[name].options else (*TIMES, *TOKEN_MEANS)
+    for found, expected in zip(parts[0]["log"], whole["log"], strict=True):
+        metrics = [metric for metric in expected if not any(part in metric for part in left_out)]
+        found = {metric: found[metric] for metric in metrics}
+        assert found == pytest.approx({metric: expected[metric] for metric in metrics}, rel=1e-4, abs=1e-6)
+    assert "eval_reward" in whole["log"][-1]
+
+
+@by_way(*COMPARED, *GRPO)
 def test_parameters_are_those_of_one_process(way: str, name: str, folder: Path, one: Any, two: Any) -> None:
     one(name), two(way, name)
     wanted, found = (load_file(folder / part / f"{name}.safetensors") for part in ("one", way))

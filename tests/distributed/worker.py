@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText
 from examples import train_laser
 from tests.distributed import fsdp2
 from tests.distributed.data import train_data
+from tests.distributed.grpo import GRPORecorder, bent, build_grpo, save_grpo_base
 from tests.latent import tiny_latent_model
 from tests.tiny import tiny_processor
 from tests.trainers.killed_runs import let_deepspeed_use_gloo
@@ -86,6 +87,22 @@ RUNS = {
     "lvr, text on one process": Run(data="text beside images", base="lvr", options={"loss_average": "token"}),
     # As many steps on both processes as the longest span of either has.
     "lvr, free": Run(base="lvr", options={"latent_exposure": "free", "latent_exposure_forced": 1}),
+    # The published loss (bnpo) is an average over the tokens of a micro-batch: one process has both, one after the other.
+    "grpo": Run(base="grpo", options={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
+    "grpo, adamw": Run(base="grpo", options={**ADAMW, **CHECKPOINTING, "learning_rate": 2e-4, "loss_type": "dapo"}),
+    "grpo, two iterations": Run(base="grpo", options={"loss_type": "grpo", "num_iterations": 2, "max_steps": 3, "beta": 0.0}),
+    "grpo, gaussian": Run(
+        base="grpo",
+        options={
+            "loss_type": "dr_grpo",
+            "latent_policy": "gaussian",
+            "latent_policy_sigma": 0.5,
+            "latent_generation_kwargs": {"latent_hook": bent},
+        },
+    ),
+    "grpo, text on one process": Run(
+        data="text beside images", base="grpo", options={**CHECKPOINTING, "loss_type": "grpo", "log_completions": True}
+    ),
 }
 
 
@@ -107,11 +124,14 @@ def save_bases(folder: Path) -> None:
         model.save_pretrained(folder / name)
     model, _ = lvr_parts(head="simple", stop_vector=True)
     model.save_pretrained(folder / "lvr")
+    save_grpo_base(folder / "grpo")
 
 
-def build_trainer(name: str, folder: Path, processes: int) -> Recorder:
+def build_trainer(name: str, folder: Path, processes: int) -> Recorder | GRPORecorder:
     """The trainer of a run. As in a script, the config comes first: under ZeRO-3 a model is loaded in shards then."""
     spec = RUNS[name]
+    if spec.base == "grpo":
+        return build_grpo(spec.data, spec.options, folder / name, folder.parent / spec.base, processes)
     steps = {"gradient_accumulation_steps": MICRO_BATCHES // processes}
     config_class = LVRSFTConfig if spec.base == "lvr" else LatentSFTConfig
     args = config_class(output_dir=str(folder / name), **{**OPTIONS, **steps, **spec.options})
