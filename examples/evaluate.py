@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+
 from evaluation.benchmarks.mazes import MazeReport, evaluate_mazes
 from evaluation.statistics import paired_bootstrap_difference
 from modeling_latent import load_latent_model
@@ -29,6 +31,7 @@ def main() -> None:
     )
     parser.add_argument("--num_latent_steps", type=int, default=None, help="slots of a span for 'fixed'")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="budget of a reply, slots included")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sample one reply a maze; 0 is greedy")
     parser.add_argument("--compare", default=None, help="another model on the same mazes")
     parser.add_argument("--compare_strategy", default=None, help="its strategy; default: the first of --strategies")
     parser.add_argument("--batch_size", type=int, default=50, help="prompts per call of generate")
@@ -54,6 +57,9 @@ def main() -> None:
             options = {"max_new_tokens": args.max_new_tokens, "latent_strategy": strategy}
             if strategy == "fixed" and args.num_latent_steps:
                 options["num_latent_steps"] = args.num_latent_steps
+            if args.temperature > 0:
+                options |= {"do_sample": True, "temperature": args.temperature, "top_k": 0}
+                torch.manual_seed(args.seed)
             other = f", {Path(model).name}" if model != args.model else ""
             report = evaluate_mazes(
                 f"{name}, latents {strategy}{other}", *models[model], records, args.batch_size, **options

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples import train_lvr, train_lvr_grpo
+from examples import evaluate, train_lvr, train_lvr_grpo
 from modeling_latent import load_latent_model
 from tests.tiny import tiny_images
 from trainers.data.records import RecordShareError
@@ -108,7 +108,9 @@ def test_dead_options_refuse_with_the_remedy(run: Run, folder: Path) -> None:
             run(train_lvr, *flags)
 
 
-def test_the_second_stage_goes_on_from_the_first_on_mazes(run: Run, tmp_path: Path) -> None:
+def test_the_second_stage_goes_on_from_the_first_on_mazes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     small = ["--per_device_train_batch_size=2", "--num_mazes=4", "--latent_strategy=fixed", "--num_latent_steps=1"]
     printed = run(train_lvr, *small, "--logging_steps=1", "--num_eval_mazes=2")
     assert "eval_latent_cosine_free" in printed
@@ -118,6 +120,11 @@ def test_the_second_stage_goes_on_from_the_first_on_mazes(run: Run, tmp_path: Pa
     assert "rewards/maze_reward/mean" in printed and "latent/steps_mean" in printed
     model, _ = load_latent_model(tmp_path / "grpo")
     assert model.config.latent_method == "lvr"
+    flags = ["--model", tmp_path / "grpo", "--strategies", "fixed", "--num_mazes=3", "--compare", tmp_path / "out"]
+    flags += ["--temperature=1.0"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    evaluate.main()
+    assert "held-out, latents fixed minus held-out, latents fixed, out: " in capsys.readouterr().out
 
 
 def test_the_second_stage_in_the_published_format(run: Run, folder: Path) -> None:
