@@ -221,8 +221,8 @@ def _rollout_lines(trainer: LatentGRPOTrainer, processes: int) -> list[str]:
     weights = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
     return [
         _data_line(trainer),
-        f"batches     {args.per_device_train_batch_size} completions x {args.gradient_accumulation_steps} accumulated x "
-        f"{processes} processes = {completions} completions a step",
+        f"batches     {args.per_device_train_batch_size} completions x {args.gradient_accumulation_steps} accumulated "
+        f"x {processes} processes = {completions} completions a step",
         f"rollouts    {groups} prompts x {args.num_generations} completions of at most {args.max_completion_length} "
         f"tokens, for {steps_per_rollout:g} steps; {options}; temperature {args.temperature:g}",
         f"rewards     {', '.join(f'{name} x {weight:g}' for name, weight in weights)}",

@@ -133,7 +133,8 @@ def test_the_second_stage_in_the_published_format(run: Run, folder: Path) -> Non
     rows = [{"dataset": "x", "id": n, "image": f"{n % 2}.png", "conversations": turns} for n in range(2)]
     rows.append({**rows[0], "conversations": [{**turns[0], "value": "<image>\nWhat is it?"}, turns[1]]})
     (folder / "items.json").write_text(json.dumps(rows))
-    (folder / "mine.py").write_text("def length_reward(completions, **columns):\n    return [1.0] * len(completions)\n")
+    source = "def length_reward(completions, **columns):\n    return [1.0] * len(completions)\n"
+    (folder / "mine.py").write_text(source)
     flags = ["--data_path", folder / "items.json", "--reward_module", folder / "mine.py"]
     rollouts = ["--num_generations=2", "--per_device_train_batch_size=4", "--max_completion_length=6"]
     printed = run(train_lvr_grpo, *flags, *rollouts, "--logging_steps=1", "--latent_strategy=fixed")
