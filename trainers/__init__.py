@@ -2,7 +2,7 @@
 
 | question | files |
 |---|---|
-| which options, and the trainer | `configs` (of LVR `lvr_config`), `sft_trainer` |
+| which options, and the trainer | `configs` (of LVR `lvr_config`, shared `config_parts`), `sft_trainer` |
 | what a method trains | `objectives/`, `losses/`, `latent_forward` (the loss inside the wrapped forward) |
 | what is fed at latent positions | `exposure`, `free_running` |
 | from records to batches | `data/`, `collators`, `sample_lengths`, `dynamic_loader` |
@@ -10,7 +10,7 @@
 | killed and resumed runs, NaN | `checkpoints`, `checkpoint_files`, `tensor_names`, `run_facts`, `fault_tolerance` |
 | from a recipe to a model | `model_loading`, `adapters`, `dry_run`, `batch_preview` |
 | what the scripts in `examples/` share | `scripts`; names of published options: `published_arguments` |
-| reinforcement learning | `grpo_config`, `grpo_trainer` (parts: `grpo_*`), `rewards`, `reward_loading` |
+| reinforcement learning | `grpo_config`, `grpo_trainer` (`grpo_*`, `prompt_lengths`), `rewards`, `reward_loading` |
 | tiny models, built in code | `tiny`, `tiny_tokenizer` |
 
 Names are imported when first used, so that `import trainers` costs nothing.

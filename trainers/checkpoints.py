@@ -279,12 +279,12 @@ class FaultTolerantTrainer(Trainer):
         self._guard.start(batches)
         return batches, num_items
 
-    def watch_losses(self, cross_entropy: torch.Tensor, latent: torch.Tensor) -> None:
+    def watch_losses(self, *terms: torch.Tensor) -> None:
         """Keep the terms of a micro-batch, 0-dim tensors; they are checked once, before the optimiser's step.
 
         DeepSpeed takes its step inside the last backward: there the check comes before that.
         """
-        self._guard.note(cross_entropy, latent)
+        self._guard.note(*terms)
         if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
             self._check_step(None)
 

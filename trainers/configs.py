@@ -1,20 +1,17 @@
 """Configurations of the trainers: one field per option, for YAML and the command line (`trl.TrlParser`)."""
 
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import SFTConfig
 
 from .collators import check_layout
-from .data.records import DEFAULT_MAX_BAD_SHARE
+from .config_parts import LatentRunOptions, is_number
 from .distributed import LOSS_AVERAGES
 from .dynamic_loader import check_dynamic_options
 from .exposure import LatentExposure
-from .fault_tolerance import check_precision
 from .losses.dwal import DwalOptions
-from .optimizer_groups import DECAY_RULES, PART_RATES, check_deepspeed_optimizer
 
 # Options of trl.SFTConfig that have no meaning here, and why.
 _REFUSED = {
@@ -27,13 +24,8 @@ _REFUSED = {
 }
 
 
-def is_number(value: Any, low: float, high: float) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and low <= value <= high
-
-
 @dataclass
-class LatentSFTConfig(SFTConfig):
+class LatentSFTConfig(LatentRunOptions, SFTConfig):
     """Options of [`LatentSFTTrainer`], on top of `trl.SFTConfig`.
 
     The `dwal_*` options are those of the LASER paper (arXiv 2601.06803); their defaults are the values of its
@@ -52,22 +44,6 @@ class LatentSFTConfig(SFTConfig):
             "help": "'batch': means over each micro-batch, all micro-batches weigh the same (as published); 'token': "
             "sums over the optimizer step, divided by its counts over all micro-batches and processes; 'sample': the "
             "same of means per sample, so that all samples of the step weigh the same."
-        },
-    )
-    vision_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower; default: learning_rate."}
-    )
-    merger_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the merger after the vision tower; default: learning_rate."}
-    )
-    latent_head_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the latent head; default: learning_rate."}
-    )
-    weight_decay_rule: str = field(
-        default="transformers",
-        metadata={
-            "help": "What weight_decay leaves out: 'transformers' biases and norms; 'published' (LVR code) biases and "
-            "LayerNorm, so that RMS norms and the end vector decay."
         },
     )
     latent_form: str = field(
@@ -93,21 +69,6 @@ class LatentSFTConfig(SFTConfig):
     )
     latent_exposure_passes: int = field(
         default=1, metadata={"help": "Of 'own': after n passes the first n latents are those of decoding."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "'true': the newest complete checkpoint; 'auto': the same if there is one; or a folder."},
-    )
-    stop_on_nan: bool = field(
-        default=True,
-        metadata={"help": "Stop, with the records named, before a loss or gradient that is not finite is applied."},
-    )
-    logging_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the TensorBoard files (sets TENSORBOARD_LOGGING_DIR); default: in output_dir."},
-    )
-    max_bad_share: float = field(
-        default=DEFAULT_MAX_BAD_SHARE, metadata={"help": "The run stops when more than this share of records is bad."}
     )
     dwal_window_size: int | None = field(
         default=None, metadata={"help": "Concept tokens in a window at most; default: all that remain."}
@@ -182,10 +143,7 @@ class LatentSFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         self._check_latent_fields()
         self._check_refused()
-        check_precision(self)
-        check_deepspeed_optimizer(self)
-        if self.logging_dir is not None:  # transformers 5 reads the variable alone
-            os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
+        self.check_run_options()
         super().__post_init__()
         self.remove_unused_columns = False
         if self.latent_exposure == "free" and self.activation_checkpointing:
@@ -200,12 +158,6 @@ class LatentSFTConfig(SFTConfig):
         check_layout(self.latent_form, self.num_slots, self.pad_to_multiple_of)
         if not is_number(self.latent_loss_weight, 0, math.inf):
             raise ValueError(f"latent_loss_weight={self.latent_loss_weight!r} must be a finite number, 0 or more")
-        if not is_number(self.max_bad_share, 0, 1):
-            raise ValueError(
-                f"max_bad_share={self.max_bad_share!r} must be between 0 and 1; 0.01 allows one bad row in a hundred"
-            )
-        if not isinstance(self.stop_on_nan, bool):
-            raise ValueError(f"stop_on_nan={self.stop_on_nan!r} must be true or false")
         if self.loss_average not in LOSS_AVERAGES:
             raise ValueError(f"loss_average={self.loss_average!r} is unknown; choose one of {list(LOSS_AVERAGES)}")
         if self.loss_average == "sample" and self.loss_type != "nll":
@@ -213,14 +165,6 @@ class LatentSFTConfig(SFTConfig):
                 f"loss_type={self.loss_type!r} with loss_average='sample' is not available; set loss_type: nll, or "
                 "loss_average: token"
             )
-        if self.weight_decay_rule not in DECAY_RULES:
-            raise ValueError(
-                f"weight_decay_rule={self.weight_decay_rule!r} is unknown; choose one of {list(DECAY_RULES)}"
-            )
-        for name in PART_RATES.values():
-            value = getattr(self, name)
-            if value is not None and not (is_number(value, 0, math.inf) and value > 0):
-                raise ValueError(f"{name}={value!r} must be above 0; to keep that part as it is, freeze it")
         self.dwal_options()
         self.exposure()
 

@@ -20,12 +20,39 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .adapters import save_latent_settings
+from .tensor_names import accept_saved_names
+
 logger = logging.get_logger(__name__)
 
 LOSS_AVERAGES = ("batch", "token", "sample")
 
 
-class DistributedMixin:
+class LatentSavingMixin:
+    """Mixin of a trainer of latent models: what is saved, and resumed from."""
+
+    def trained_base(self) -> PreTrainedModel:
+        """The head class that is trained, also inside an adapter; it reads and writes the names of checkpoints."""
+        model = self.accelerator.unwrap_model(self.model)
+        is_peft = hasattr(model, "get_base_model")
+        base = model.get_base_model() if is_peft else model
+        drop_unused_renamings(base)
+        if not is_peft:  # PEFT resumes from its adapter files
+            accept_saved_names(base)
+        return base
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Without the copies of tied tensors that are made when DeepSpeed and FSDP gather a model, and with what an
+        adapter's folder needs."""
+        model = self.accelerator.unwrap_model(self.model)
+        tied = getattr(model, "all_tied_weights_keys", None)
+        if state_dict and tied:
+            state_dict = {name: value for name, value in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
+        save_latent_settings(model, output_dir or self.args.output_dir)
+
+
+class DistributedMixin(LatentSavingMixin):
     """Mixin of a trainer with an `objective` ([`LatentObjective`]) and the option `loss_average`."""
 
     _step_terms: torch.Tensor | None = None
@@ -97,13 +124,6 @@ class DistributedMixin:
         parts = self.accelerator.num_processes * self.current_gradient_accumulation_steps
         totals = self._step_terms.clamp(min=1).unbind()
         return [None if count is None else count * parts / total for count, total in zip(counts, totals, strict=False)]
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Without the copies of tied tensors that are made when DeepSpeed and FSDP gather a model."""
-        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None)
-        if state_dict and tied:
-            state_dict = {name: value for name, value in state_dict.items() if tied.get(name) not in state_dict}
-        super()._save(output_dir, state_dict)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)

@@ -68,7 +68,12 @@ class LossGuard:
     """Keeps the terms of the loss of each micro-batch of one optimiser step, on their device, until they are checked.
 
     `start` at the first micro-batch, `note` in each, `flags` once a step: one synchronisation a step, and none here.
+
+    Attributes:
+        terms: names of the terms.
     """
+
+    terms: tuple[str, ...] = ("loss_ce", "loss_latent")
 
     def __init__(self) -> None:
         self._labels: list[torch.Tensor | None] = []
@@ -81,14 +86,14 @@ class LossGuard:
             batch.pop(RECORD_LABELS, None) if isinstance(batch, MutableMapping) else None for batch in batches
         ]
 
-    def note(self, cross_entropy: torch.Tensor, latent: torch.Tensor) -> None:
-        """Keep the terms of a micro-batch, 0-dim tensors."""
+    def note(self, *terms: torch.Tensor) -> None:
+        """Keep the terms of a micro-batch, 0-dim tensors, in the order of their names."""
         if len(self._losses) < max(len(self._labels), 1):  # outside of a training loop nothing piles up
-            self._losses.append(torch.stack([cross_entropy.detach().float(), latent.detach().float()]))
+            self._losses.append(torch.stack([term.detach().float() for term in terms]))
 
     def flags(self, grad_norm: torch.Tensor | float | None, device: torch.device) -> torch.Tensor:
         """`(2,)` float: whether a loss, and whether the gradient of the step is not finite (None: not looked at)."""
-        losses = torch.stack(self._losses) if self._losses else torch.zeros(1, 2, device=device)
+        losses = torch.stack(self._losses) if self._losses else torch.zeros(1, device=device)
         norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=device)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return torch.stack([~losses.to(device).isfinite().all(), ~norm.isfinite().all()]).float()
@@ -97,7 +102,7 @@ class LossGuard:
         """A line for each micro-batch of this rank with a bad term, or for all of them."""
         lines = []
         for index, losses in enumerate(self._losses):
-            terms = dict(zip(("loss_ce", "loss_latent"), losses.tolist(), strict=True))
+            terms = dict(zip(self.terms, losses.tolist(), strict=True))
             bad = [name for name, value in terms.items() if not math.isfinite(value)]
             if bad or every_batch:
                 labels = self._labels[index] if index < len(self._labels) else None

@@ -10,10 +10,9 @@ from trl import GRPOConfig
 
 from modeling_latent.latent_strategies import LATENT_OPTIONS
 
-from .configs import is_number
+from .config_parts import LatentRunOptions, is_number
 from .data.boxes import checked_option
-from .data.records import DEFAULT_MAX_BAD_SHARE
-from .fault_tolerance import check_precision
+from .data.dynamic_batching import is_count
 from .losses.grpo_latent import GAUSSIAN_REDUCTIONS
 from .rewards import system_prompt
 
@@ -29,8 +28,6 @@ _REFUSED = {
     "use_transformers_continuous_batching": _PAGED,
     "use_liger_kernel": "replaces the forward that the replay wraps, and layers that the latent classes build "
     "themselves; leave it out",
-    "max_prompt_length": "trimming a prompt would cut image tokens off and shift the recorded latents; bound "
-    "max_pixels of the processor, or leave long records out",
 }
 # Entries of `generation_kwargs` that would make other rows or other probabilities than those that are trained.
 _REFUSED_GENERATION = {
@@ -45,7 +42,7 @@ _REFUSED_GENERATION = {
 
 
 @dataclass
-class LatentGRPOConfig(GRPOConfig):
+class LatentGRPOConfig(LatentRunOptions, GRPOConfig):
     """Options of [`LatentGRPOTrainer`], on top of `trl.GRPOConfig`.
 
     The defaults are those of the published code, which differ from TRL's: temperature 0.9, `top_k` 50, 256 tokens,
@@ -122,30 +119,16 @@ class LatentGRPOConfig(GRPOConfig):
     reward_module: str | None = field(
         default=None, metadata={"help": "Module or file, all of whose functions named *_reward are rewards."}
     )
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Refused: a prompt is never trimmed."})
-    vision_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower; default: learning_rate."}
-    )
-    merger_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the merger after the vision tower; default: learning_rate."}
-    )
-    resume_from_checkpoint: str | None = field(
+    max_prompt_length: int | None = field(
         default=None,
-        metadata={"help": "'true': the newest complete checkpoint; 'auto': the same if there is one; or a folder."},
-    )
-    stop_on_nan: bool = field(
-        default=True,
-        metadata={"help": "Stop, with the records named, before a loss or gradient that is not finite is applied."},
-    )
-    max_bad_share: float = field(
-        default=DEFAULT_MAX_BAD_SHARE, metadata={"help": "The run stops when more than this share of records is bad."}
+        metadata={"help": "A longer prompt, in tokens with those of its images, is refused; never trimmed."},
     )
 
     def __post_init__(self) -> None:
         for name, why in _REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
-        check_precision(self)
+        self.check_run_options()
         super().__post_init__()
         self._take_published_names()
         self._check_losses()
@@ -223,17 +206,13 @@ class LatentGRPOConfig(GRPOConfig):
             system_prompt(self.system_prompt)
         if isinstance(self.reward_funcs, str):
             self.reward_funcs = [self.reward_funcs]
-        for name in ("stop_on_nan", "latent_replay", "train_start_token"):
+        for name in ("latent_replay", "train_start_token"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
-        if not is_number(self.max_bad_share, 0, 1):
+        if self.max_prompt_length is not None and not is_count(self.max_prompt_length):
             raise ValueError(
-                f"max_bad_share={self.max_bad_share!r} must be between 0 and 1; 0.01 allows one bad row in a hundred"
+                f"max_prompt_length={self.max_prompt_length!r} must be an integer of at least 1, or None: no limit"
             )
-        for name in ("vision_lr", "merger_lr"):
-            value = getattr(self, name)
-            if value is not None and not (is_number(value, 0, float("inf")) and value > 0):
-                raise ValueError(f"{name}={value!r} must be above 0; to keep that part as it is, freeze it")
 
     def reward_sources(self) -> list[str]:
         """What the user named as rewards: see `reward_loading.load_rewards`."""

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from trl.data_utils import prepare_multimodal_messages
 
 from .data.lvr_text import grpo_example
 from .data.records import open_image
@@ -70,14 +71,28 @@ def prompt_dataset(name: str, dataset: Any, prompt: str | None = None) -> Any:
 
 def _with_open_images(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """The rows with their images opened: here, where an error can name file and row."""
-    number = len(rows["images"])
-    metas = [json.loads(meta) if meta else {} for meta in rows.get("meta") or [None] * number]
-    records = [{"meta": meta, "id": id} for meta, id in zip(metas, rows.get("id") or [""] * number, strict=True)]
-    opened = [
-        [open_image(image, record) for image in images or []]
-        for images, record in zip(rows["images"], records, strict=True)
-    ]
+    opened = []
+    for number, images in enumerate(rows["images"]):
+        origin = row_origin({name: rows[name][number] for name in ("id", "meta") if name in rows})
+        opened.append([open_image(image, origin) for image in images or []])
     return {**rows, "images": opened}
+
+
+def opens_images(dataset: Dataset) -> bool:
+    """Whether what is made of a row when it is read is only that its images are opened."""
+    return dataset.format["format_kwargs"].get("transform") is _with_open_images
+
+
+def with_parts(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with turns that are lists of parts, as TRL makes them beside images: one form for rewards and logs."""
+    if isinstance(row["prompt"], str) or row.get("images") or row.get("image"):
+        return row
+    return {**row, "prompt": prepare_multimodal_messages(row["prompt"])}
+
+
+def row_origin(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What messages about a row of a table read (`record_origin`): its id, and its `meta` as a dictionary."""
+    return {"id": row.get("id", ""), "meta": json.loads(row.get("meta") or "{}")}
 
 
 def _with_prompt(row: Mapping[str, Any], message: str | None) -> dict[str, Any]:
@@ -89,4 +104,4 @@ def _with_prompt(row: Mapping[str, Any], message: str | None) -> dict[str, Any]:
     return {"prompt": prompt, "assistant": example["assistant"]}
 
 
-__all__ = ["prompt_dataset"]
+__all__ = ["opens_images", "prompt_dataset", "row_origin", "with_parts"]

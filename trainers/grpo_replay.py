@@ -10,7 +10,6 @@ shuffle it and cut it into micro-batches.
 Shapes: `B` completions, `P` prompt positions (padded on the left), `C` completion positions, `L = P + C`.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -89,6 +88,12 @@ class Replay:
     def rows(self, rows: slice) -> "Replay":
         """Some of the completions."""
         values = {name: value[rows] for name, value in self._tensors().items()}
+        return replace(self, **values)
+
+    def with_empty_row(self) -> "Replay":
+        """With one more completion, without latents."""
+        values = {name: torch.cat([value, torch.zeros_like(value[:1])]) for name, value in self._tensors().items()}
+        values["index"][-1:] = -1
         return replace(self, **values)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -174,28 +179,6 @@ def forced_mask(trace: LatentTrace) -> torch.BoolTensor:
         if span.reason in answered:
             mask[span.row, close + 1 : close + 1 + answers] = True
     return mask & ~trace.latent_mask[:, trace.prompt_length :]
-
-
-def image_rows(inputs: dict[str, Any], rows: slice) -> dict[str, torch.Tensor]:
-    """The images of some rows, and their `mm_token_type_ids`.
-
-    Args:
-        inputs: `pixel_values` `(patches, D)`, `image_grid_thw` `(images, 3)`, `num_images` (one count a row) and
-            `mm_token_type_ids` `(B, L)`, each possibly `None` or absent.
-        rows: which ones.
-    """
-    kept = {}
-    if inputs.get("mm_token_type_ids") is not None:
-        kept["mm_token_type_ids"] = inputs["mm_token_type_ids"][rows]
-    grids, counts = inputs.get("image_grid_thw"), inputs.get("num_images")
-    if inputs.get("pixel_values") is None or grids is None or not sum(counts[rows]):
-        return kept
-    first, count = sum(counts[: rows.start]), sum(counts[rows])
-    patches = [math.prod(grid) for grid in grids.tolist()]
-    start = sum(patches[:first])
-    kept["image_grid_thw"] = grids[first : first + count]
-    kept["pixel_values"] = inputs["pixel_values"][start : start + sum(patches[first : first + count])]
-    return kept
 
 
 def credit_latents(
@@ -298,7 +281,6 @@ __all__ = [
     "credit_latents",
     "forced_mask",
     "hidden_special_ids",
-    "image_rows",
     "latent_counts",
     "latent_metrics",
     "latent_paths",

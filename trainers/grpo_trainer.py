@@ -16,20 +16,20 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from modeling_latent.configuration_latent import LATENT_TOKEN_FIELDS
 from modeling_latent.latent_strategies import resolve_latent_options
 
-from .adapters import save_latent_settings
 from .checkpoints import FaultTolerantTrainer
-from .distributed import drop_unused_renamings
+from .distributed import LatentSavingMixin
 from .fault_tolerance import LossGuard, check_model_precision
 from .grpo_config import LatentGRPOConfig
 from .grpo_data import prompt_dataset
 from .grpo_forward import add_latent_replay
-from .grpo_trl import LatentRolloutMixin, check_trl_grpo, reference_from_policy
-from .optimizer_groups import optimizer_groups, with_optimizer_groups
+from .grpo_trl import LatentRolloutMixin, reference_from_policy
+from .grpo_trl_check import check_trl_grpo
+from .model_loading import check_processor, check_token_ids
+from .optimizer_groups import optimizer_groups, part_of, with_optimizer_groups
+from .prompt_lengths import check_prompt_lengths
 from .reward_loading import checked_reward, load_rewards
-from .tensor_names import accept_saved_names
 
 # Arguments of TRL's trainer that would make a completion of several turns, or rollouts without a trace.
 _REFUSED_ARGUMENTS = {
@@ -40,7 +40,7 @@ _REFUSED_ARGUMENTS = {
 RewardSource = str | Path | ModuleType | Callable[..., Any] | nn.Module
 
 
-class LatentGRPOTrainer(LatentRolloutMixin, FaultTolerantTrainer, GRPOTrainer):
+class LatentGRPOTrainer(LatentRolloutMixin, LatentSavingMixin, FaultTolerantTrainer, GRPOTrainer):
     """GRPO on completions that think in latents, for every method whose spans open in the completion.
 
     Rollouts are made by the model's own `generate`, with its strategy, in batches padded on the left. Each completion
@@ -97,11 +97,7 @@ class LatentGRPOTrainer(LatentRolloutMixin, FaultTolerantTrainer, GRPOTrainer):
             raise ValueError(
                 f"args must be a LatentGRPOConfig, got {type(args).__name__}; build it from the same options"
             )
-        if not hasattr(processing_class, "latent_token_id"):
-            raise ValueError(
-                f"processing_class must be the LatentProcessor saved beside the model, got "
-                f"{type(processing_class).__name__}; load it with LatentProcessor.from_pretrained(folder)"
-            )
+        check_processor(processing_class)
         for name, why in _REFUSED_ARGUMENTS.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: {why}; leave it out")
@@ -120,14 +116,12 @@ class LatentGRPOTrainer(LatentRolloutMixin, FaultTolerantTrainer, GRPOTrainer):
                 processing_class=processing_class,
                 **kwargs,
             )
+        check_prompt_lengths(self)
         self._guard = RolloutGuard()
-        base = self.accelerator.unwrap_model(self.model)
-        is_peft = hasattr(base, "get_base_model")
-        base = base.get_base_model() if is_peft else base
+        self.log_multimodal = False  # done in `LatentRolloutMixin`: TRL waits for ever for a process without an image
+        base = self.trained_base()
         check_latent_model(base, processing_class)
-        drop_unused_renamings(base)
-        if not is_peft:  # PEFT resumes from its adapter files
-            accept_saved_names(base)
+        freeze_unreached(base, args.latent_policy)
         optimizer_groups(self.model, args)  # refuses a learning rate for a part that is not trained
         check_model_precision(self.model, self.args, self.is_deepspeed_enabled)
         self.latent_options = rollout_options(base, args)
@@ -143,25 +137,22 @@ class LatentGRPOTrainer(LatentRolloutMixin, FaultTolerantTrainer, GRPOTrainer):
     def get_optimizer_cls_and_kwargs(args: LatentGRPOConfig, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
         return with_optimizer_groups(*GRPOTrainer.get_optimizer_cls_and_kwargs(args, model), args, model)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None)
-        if state_dict and tied:  # DeepSpeed and FSDP gather a tied tensor twice
-            state_dict = {name: value for name, value in state_dict.items() if tied.get(name) not in state_dict}
-        super()._save(output_dir, state_dict)
-        save_latent_settings(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None, None]:
+        """As TRL's, with the mean loss of all processes: of the last batches the evaluation loop keeps as many rows as
+        there are prompts, those of the first processes."""
+        loss, *nothing = super().prediction_step(*args, **kwargs)
+        return self.accelerator.reduce(loss, reduction="mean"), *nothing
 
 
 class RolloutGuard(LossGuard):
     """A guard whose micro-batches say which records they hold once their completions are made."""
 
+    terms = ("loss",)
+
     def label(self, labels: torch.Tensor | None) -> None:
         """Name the records of the micro-batch that is noted next."""
         if len(self._losses) < len(self._labels):
             self._labels[len(self._losses)] = labels
-
-    def report(self, rank: int, every_batch: bool) -> list[str]:
-        lines = super().report(rank, every_batch)
-        return [line.replace("loss_ce", "loss").replace(", loss_latent=0", "") for line in lines]
 
 
 def check_latent_model(model: nn.Module, processor: Any) -> None:
@@ -170,17 +161,20 @@ def check_latent_model(model: nn.Module, processor: Any) -> None:
     Raises:
         ValueError: names the class, or the token, its ids and the remedy.
     """
-    config = model.config
-    if not hasattr(config, "latent_token_id"):
+    if not hasattr(model.config, "latent_token_id"):
         raise ValueError(
             f"{type(model).__name__} is no latent model; load one with load_latent_model(folder, method=...)"
         )
-    for name in LATENT_TOKEN_FIELDS:
-        expected, found = getattr(config, name), getattr(processor, name)
-        if expected != found:
-            raise ValueError(
-                f"{name} is {expected} in the model and {found} in processing_class; load both from the same folder"
-            )
+    check_token_ids(model.config, processor)
+
+
+def freeze_unreached(model: PreTrainedModel, latent_policy: str) -> None:
+    """Freeze what no log-probability depends on: the vector that spans stop at and, where latents are constants, the
+    head that made them. ZeRO would apply weight decay to parameters without a gradient."""
+    head = latent_policy == "none" and not model.head_at_slots
+    for name, parameter in model.named_parameters():
+        if "latent_stop_vector" in name.split(".") or (head and part_of(name) == "latent head"):
+            parameter.requires_grad_(False)
 
 
 def check_size(dataset: Any, args: LatentGRPOConfig) -> None:
@@ -256,4 +250,12 @@ def rollout_options(model: PreTrainedModel, args: LatentGRPOConfig) -> dict[str,
     return {"latent_strategy": name, **given}
 
 
-__all__ = ["LatentGRPOTrainer", "RolloutGuard", "check_latent_model", "check_size", "find_rewards", "rollout_options"]
+__all__ = [
+    "LatentGRPOTrainer",
+    "RolloutGuard",
+    "check_latent_model",
+    "check_size",
+    "find_rewards",
+    "freeze_unreached",
+    "rollout_options",
+]

@@ -10,10 +10,11 @@ Latent Visual Space Beyond Images and Language", arXiv 2511.21395 (VLPO).
 | `_get_per_token_logps_and_entropies` | one teacher-forced forward with the recorded latents and positions |
 | `_generate_and_score_completions` | recorded latents become entries of the batch |
 | `_compute_loss` | takes them out of the (shuffled, split) batch; Gaussian credit for latents |
+
+What must hold in TRL for that is in `grpo_trl_check.py`.
 """
 
 import copy
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
@@ -29,85 +31,23 @@ from trl.trainer import grpo_trainer as trl_grpo
 from modeling_latent import LatentTrace
 
 from .fault_tolerance import RECORD_LABELS, LabelledCollator
+from .grpo_batches import check_images_of_all, scored_batches
+from .grpo_data import with_parts
 from .grpo_replay import (
     LossMasks,
     Replay,
     completion_texts,
     credit_latents,
-    image_rows,
     latent_counts,
     latent_metrics,
     latent_paths,
 )
 from .losses.grpo_latent import completion_metrics, group_reward_std
+from .prompt_lengths import refuse_long
 
-# Methods that are overridden or called here, with parameters that are relied on.
-_METHODS = {
-    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
-    "_compute_loss": ("model", "inputs"),
-    "_generate": ("prompts",),
-    "_generate_and_score_completions": ("inputs",),
-    "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations"),
-    "_get_per_token_logps_and_entropies": (
-        "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss",
-        "pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids",
-    ),
-    "_log_completion_extra": ("column", "values"),
-}  # fmt: skip
-# What a method must still do, in this order.
-_RELIED_ON = {
-    "__init__": ("create_model_from_path(get_config_model_id(self.model.config)", "add_fused_lm_head("),
-    "_generate_single_turn": ("unwrap_model_for_generation(", "unwrapped_model.generate(", "[:, prompt_length:]"),
-    "_generate": ("self._generate_single_turn(", "return prompt_ids, completion_ids, tool_mask, completions,"),
-    "_generate_and_score_completions": (
-        "self._generate(prompts)",
-        "for mask in tool_mask_list",
-        "loss_mask = completion_mask if tool_mask is None else completion_mask * tool_mask",
-        "old_per_token_logps, _, _ = self._get_per_token_logps_and_entropies(",
-        "ref_per_token_logps, _, _ = self._get_per_token_logps_and_entropies(",
-        "self._calculate_rewards(",
-        '["reward_std"]',
-        "_pending_extra_logs",
-    ),
-    "_compute_loss": (
-        'completion_mask * inputs["tool_mask"]',
-        "self._get_per_token_logps_and_entropies(",
-        'inputs.get("old_per_token_logps")',
-        'inputs["ref_per_token_logps"]',
-    ),
-    "_prepare_inputs": ("self._generate_and_score_completions(", "shuffle_sequence_dict(", "split_tensor_dict("),
-}
 # Image inputs of families that have no latent class.
 _FOREIGN_INPUTS = ("pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes", "token_type_ids",
                    "image_position_ids")  # fmt: skip
-
-
-def check_trl_grpo() -> None:
-    """Check what this file relies on in the installed TRL.
-
-    Raises:
-        RuntimeError: names the TRL version whose `GRPOTrainer` has another form, and what is missing.
-    """
-    wrong = []
-    for name, parameters in _METHODS.items():
-        method = getattr(GRPOTrainer, name, None)
-        if method is None or not set(parameters) <= set(inspect.signature(method).parameters):
-            wrong.append(f"GRPOTrainer.{name}{parameters}")
-    for name, parts in _RELIED_ON.items():
-        source = _source(name)
-        places = [source.find(part) for part in parts]
-        if -1 in places or places != sorted(places):
-            wrong.append(f"GRPOTrainer.{name} with {', '.join(parts)}")
-    if wrong:
-        raise RuntimeError(
-            f"trl {trl.__version__} changed its GRPOTrainer (not found: {'; '.join(wrong)}); install a version in the "
-            "range of pyproject.toml"
-        )
-
-
-def _source(name: str) -> str:
-    method = getattr(GRPOTrainer, name, None)
-    return "" if method is None else inspect.getsource(inspect.unwrap(method))
 
 
 @contextmanager
@@ -151,6 +91,7 @@ class LatentRolloutMixin:
     _replay: Replay | None = None
     _rewards: torch.Tensor | None = None
     _batch: dict[str, Any] | None = None  # of the loss that is being computed
+    _rows: list[dict[str, Any]] | None = None  # whose completions are made
     _scored_means: list[torch.Tensor]
 
     # Rollouts
@@ -176,9 +117,14 @@ class LatentRolloutMixin:
                 model.generate = own
             model.train(training)
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: list, images: list | None, *args: Any, **kwargs: Any) -> Any:
+        lengths = zip(self._rows, map(len, prompt_ids), strict=True)
+        refuse_long("this batch", lengths, self.args.max_prompt_length)
+        check_images_of_all(self, images)
+        if self.log_completions and self.args.log_multimodal:
+            self._logs["images"].extend(gather_object(images or [None] * len(prompt_ids)))
         with self._recorded():
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
 
     def _generate(self, prompts: list) -> tuple:
         mode = "train" if self.model.training else "eval"
@@ -221,14 +167,14 @@ class LatentRolloutMixin:
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        self._scored_means = []
-        output = super()._generate_and_score_completions(inputs)
+        self._scored_means, self._rows = [], [with_parts(row) for row in inputs]
+        output = super()._generate_and_score_completions(self._rows)
         self._log_group_std(mode)
         replay = self._replay.to_length(output["prompt_ids"].shape[1] + output["completion_ids"].shape[1])
         if self._scored_means:
             scored = [name for name in ("old", "ref") if f"{name}_per_token_logps" in output]
             replay = replace(replay, **{f"{n}_means": m for n, m in zip(scored, self._scored_means, strict=True)})
-        self._replay, self._scored_means = None, []
+        self._replay, self._scored_means, self._rows = None, [], []
         labels = LabelledCollator(lambda rows: {})(inputs)[RECORD_LABELS].to(output["prompt_ids"].device)
         return {**output, **replay.batch(), RECORD_LABELS: labels}
 
@@ -261,29 +207,26 @@ class LatentRolloutMixin:
         replay = self._replay.to_length(input_ids.shape[1])
         gaussian = self.args.latent_policy == "gaussian"
         labels = input_ids.masked_fill((attention_mask == 0) | replay.mask(input_ids.shape[1]), -100)
+        inputs.update(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
         logps, entropies, means = [], [], []
-        size = batch_size or len(input_ids)
-        for start in range(0, len(input_ids), size):
-            rows = slice(start, min(start + size, len(input_ids)))
-            part = replay.rows(rows)
+        for given, part, count in scored_batches(self, inputs, replay, batch_size):
             positions = part.position_ids
             with self.accelerator.autocast():
                 output = model(
-                    input_ids=input_ids[rows],
-                    attention_mask=attention_mask[rows],
+                    **given,
                     position_ids=None if positions is None else positions.transpose(0, 1),
-                    labels=labels[rows],
                     fused_lm_head=True,
                     num_scored=logits_to_keep,
                     replay_vectors=part.vectors,
                     replay_index=part.index,
                     replay_means=gaussian,
                     replay_latents=self.args.latent_replay,
-                    **image_rows(inputs, rows),
                 )
-            logps.append(output.log_probs)
-            entropies.append(output.entropy)
-            means.append(output.means)
+            logps.append(output.log_probs[:count])
+            if compute_entropy:
+                entropies.append(output.entropy[:count])
+            if gaussian:
+                means.append(output.means[:count])
         scores = torch.cat(logps)
         if gaussian and self._batch is None:  # while completions are scored
             self._scored_means.append(torch.cat(means).detach())
@@ -300,8 +243,8 @@ class LatentRolloutMixin:
             self._batch = self._replay = None
         if self.model.training:
             self._guard.label(inputs.get(RECORD_LABELS))
-            self.watch_losses(loss, torch.zeros_like(loss))
+            self.watch_losses(loss)
         return loss
 
 
-__all__ = ["LatentRolloutMixin", "check_trl_grpo", "reference_from_policy"]
+__all__ = ["LatentRolloutMixin", "reference_from_policy"]

@@ -6,7 +6,8 @@ Paper, published code and the choice here, option by option: `hub_configs/method
 from dataclasses import dataclass, field
 from typing import Any
 
-from .configs import LatentSFTConfig, is_number
+from .config_parts import is_number
+from .configs import LatentSFTConfig
 from .data.boxes import EMPTY_REGION, checked_option
 from .data.lvr_text import REFERENCE_LAYOUT, RegionLayout
 from .losses.roi_regression import REGRESSION_LOSSES, RoiRegressionOptions

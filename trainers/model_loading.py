@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
 from modeling_latent import LATENT_HEADS, LatentProcessor, get_latent_method, load_latent_model
-from modeling_latent.configuration_latent import HEAD_TIMINGS, published_method
+from modeling_latent.configuration_latent import HEAD_TIMINGS, LATENT_TOKEN_FIELDS, published_method
 from modeling_latent.loading_latent import adapter_settings
 
 from .adapters import build_peft_config, continue_adapter, quantisation_options
@@ -197,6 +197,33 @@ def train_latent_parts(config: PeftConfig, model: PreTrainedModel) -> None:
         config.modules_to_save = sorted({*(config.modules_to_save or []), *parts})
 
 
+def check_processor(processor: Any) -> None:
+    """Refuse what is no `LatentProcessor` as the `processing_class` of a trainer.
+
+    Raises:
+        ValueError: names its class and the remedy.
+    """
+    if not hasattr(processor, "latent_token_id"):
+        raise ValueError(
+            f"processing_class must be the LatentProcessor saved beside the model, got {type(processor).__name__}; "
+            "load it with LatentProcessor.from_pretrained(folder)"
+        )
+
+
+def check_token_ids(config: PreTrainedConfig, processor: Any) -> None:
+    """Refuse a processor whose latent tokens are not those of the model: no span would be found, without a word.
+
+    Raises:
+        ValueError: names the token, its ids and the remedy.
+    """
+    for name in LATENT_TOKEN_FIELDS:
+        expected, found = getattr(config, name), getattr(processor, name)
+        if expected != found:
+            raise ValueError(
+                f"{name} is {expected} in the model and {found} in processing_class; load both from the same folder"
+            )
+
+
 def set_pixels(processor: LatentProcessor, min_pixels: int | None, max_pixels: int | None) -> None:
     """Bound the area of resized images; the options become part of the saved processor.
 
@@ -221,6 +248,8 @@ def set_pixels(processor: LatentProcessor, min_pixels: int | None, max_pixels: i
 __all__ = [
     "LATENT_OPTIONS",
     "LatentModelConfig",
+    "check_processor",
+    "check_token_ids",
     "fields_to_add",
     "freeze_parts",
     "load_for_training",

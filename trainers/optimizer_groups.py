@@ -25,7 +25,7 @@ DECAY_RULES = ("transformers", "published")
 _REMEDIES = {
     "vision": "freeze_vision_tower: false; with LoRA: target modules in `visual`",
     "merger": "freeze_vision_tower: false or freeze_merger: false; with LoRA: target modules in `visual`",
-    "latent head": "latent_head: simple or glu",
+    "latent head": "latent_head: simple or glu; in GRPO with latent_policy: gaussian",
 }
 logger = logging.getLogger(__name__)
 

@@ -202,11 +202,7 @@ PUBLISHED_ARGUMENTS: tuple[PublishedArgument, ...] = (
         "uploads go to the Hub: set push_to_hub: true, hub_model_id and hub_strategy: checkpoint", (False, None),
     ),
     _same("report_to", BOTH, "tensorboard, wandb, none, ..."),
-    _same("logging_dir", SFT, "folder of the TensorBoard files (transformers 5 has no such argument)"),
-    _dead(
-        "logging_dir", GRPO, "refused: set the variable TENSORBOARD_LOGGING_DIR",
-        "transformers 5 has no such argument; set the variable TENSORBOARD_LOGGING_DIR, in a YAML file under env:",
-    ),
+    _same("logging_dir", BOTH, "folder of the TensorBoard files (transformers 5 has no such argument)"),
     _same("logging_steps", BOTH, "steps between two logs"),
     _dead(
         "precompute_ref_log_probs", BOTH, "true is refused: left over from DPO",
@@ -221,7 +217,7 @@ PUBLISHED_ARGUMENTS: tuple[PublishedArgument, ...] = (
     _same("min_p", GRPO, "sampling"),
     _same("repetition_penalty", GRPO, "sampling"),
     _same("max_completion_length", GRPO, "positions of a completion, latents included"),
-    _same("max_prompt_length", GRPO, "see LatentGRPOConfig: a prompt with an image is never trimmed"),
+    _same("max_prompt_length", GRPO, "a longer prompt is refused by name; none is trimmed"),
     _chosen(
         "decoding_strategy", GRPO, "latent_strategy", "steps: fixed; latent: end_vector; none: mode_switch",
         _STRATEGIES,

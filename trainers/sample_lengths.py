@@ -14,6 +14,7 @@ from io import BytesIO
 from typing import Any
 
 from accelerate.utils import gather_object
+from datasets import Dataset
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -76,12 +77,21 @@ class SampleLengths:
         """
         record = self.collator.record({**row, "images": [], "step_images": None})
         record["images"] = [_unread(image, record) for image in row.get("images") or []]
-        grids = [self._grid_thw(image, record) for image in record["images"]]
+        grids = [self.grid_thw(image, record) for image in record["images"]]
         return len(self.collator.encode(record, grids)["input_ids"])
 
-    def _grid_thw(self, image: Any, record: Record) -> tuple[int, int, int]:
+    def grid_thw(self, image: Any, record: Record) -> tuple[int, int, int]:
+        """Patches of an image: frames (1), height, width.
+
+        Args:
+            image: a path, a PIL image or, as a table stores it, a dictionary.
+            record: whose it is, for messages.
+
+        Raises:
+            RecordError: an image that cannot be read, or has no place between the bounds of the processor.
+        """
         processor = self.collator.processor.image_processor
-        (width, height), patch = _size(image, record), processor.patch_size
+        (width, height), patch = _size(_unread(image, record), record), processor.patch_size
         bounds = processor.size["shortest_edge"], processor.size["longest_edge"]
         try:
             resized = smart_resize(height, width, patch * processor.merge_size, *bounds)
@@ -190,12 +200,15 @@ def dataset_lengths(
 
 
 def _rows(dataset: Any, part: Sequence[int]) -> Iterator[Mapping[str, Any]]:
-    """Rows with their images as they are stored: a table is not asked to decode them."""
-    from datasets import Dataset
-
+    """Rows with their images as they are stored, unless they are made when they are read."""
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         yield from (dataset[position] for position in part)
-        return
+    else:
+        yield from stored_rows(dataset, part)
+
+
+def stored_rows(dataset: Dataset, part: range) -> Iterator[dict[str, Any]]:
+    """Rows of a table as they are stored: images are not decoded, a transform is not called."""
     stored = dataset.with_format("arrow")
     for start in range(part.start, part.stop, _ROWS_AT_A_TIME):
         yield from stored[start : min(start + _ROWS_AT_A_TIME, part.stop)].to_pylist()

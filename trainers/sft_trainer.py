@@ -6,25 +6,22 @@ import torch
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from modeling_latent.configuration_latent import LATENT_TOKEN_FIELDS
-
-from .adapters import save_latent_settings
 from .checkpoints import FaultTolerantTrainer
 from .collators import LatentSFTCollator
 from .configs import LatentSFTConfig
 from .data.records import RECORD_FIELDS
-from .distributed import DistributedMixin, check_token_average, drop_unused_renamings
+from .distributed import DistributedMixin, check_token_average
 from .dynamic_loader import DynamicBatchTrainer
 from .fault_tolerance import check_model_precision
 from .latent_forward import LatentFusedOutput, add_latent_loss
+from .model_loading import check_processor, check_token_ids
 from .objectives import build_objective
 from .optimizer_groups import optimizer_groups, with_optimizer_groups
 from .packed_forward import pack_decoder
-from .tensor_names import accept_saved_names
 
 
 class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMixin, SFTTrainer):
-    """Supervised training of latent reasoning, for every method that has an objective (`trainers/objectives.py`).
+    """Supervised training of latent reasoning, for every method that has an objective (`trainers/objectives/`).
 
     Total loss = cross entropy + `latent_loss_weight` * latent loss, both means over the micro-batch, as in the
     published LASER code, or with `loss_average="token"` (`"sample"`: per sample first) over the whole optimizer step.
@@ -63,11 +60,7 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
             raise ValueError(
                 f"args must be a LatentSFTConfig, got {type(args).__name__}; build it from the same options"
             )
-        if not hasattr(processing_class, "latent_token_id"):
-            raise ValueError(
-                f"processing_class must be the LatentProcessor saved beside the model, got "
-                f"{type(processing_class).__name__}; load it with LatentProcessor.from_pretrained(folder)"
-            )
+        check_processor(processing_class)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would replace the latent loss; register an objective instead")
         if data_collator is None:
@@ -83,16 +76,11 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
             data_collator=data_collator,
             **kwargs,
         )
-        base = self.accelerator.unwrap_model(self.model)
-        is_peft = hasattr(base, "get_base_model")
-        base = base.get_base_model() if is_peft else base
-        drop_unused_renamings(base)
-        if not is_peft:  # PEFT resumes from its adapter files
-            accept_saved_names(base)
+        base = self.trained_base()
         self.objective = build_objective(args, base.config)
         check_token_average(args.loss_average, self.objective)
         optimizer_groups(self.model, args)  # refuses a learning rate for a part that is not trained
-        _check_token_ids(base.config, processing_class)
+        check_token_ids(base.config, processing_class)
         check_model_precision(self.model, self.args, self.is_deepspeed_enabled)
         self._latent_totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         with_loss = args.latent_loss_weight > 0 or any(weight > 0 for weight in self.objective.auxiliary.values())
@@ -145,10 +133,6 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
     def get_optimizer_cls_and_kwargs(args: LatentSFTConfig, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
         return with_optimizer_groups(*SFTTrainer.get_optimizer_cls_and_kwargs(args, model), args, model)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        save_latent_settings(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         totals = self._latent_totals[mode]
@@ -158,16 +142,6 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
                 self._metrics[mode][name] = [numerator / denominator if denominator else 0.0]
             self._latent_totals[mode] = {}
         super().log(logs, start_time)
-
-
-def _check_token_ids(config: Any, processor: Any) -> None:
-    """Refuse a processor whose latent tokens are not those of the model: no span would be found, without a word."""
-    for name in LATENT_TOKEN_FIELDS:
-        expected, found = getattr(config, name), getattr(processor, name)
-        if expected != found:
-            raise ValueError(
-                f"{name} is {expected} in the model and {found} in processing_class; load both from the same folder"
-            )
 
 
 def _check_dataset(name: str, dataset: Any, args: LatentSFTConfig, collator: LatentSFTCollator) -> None:

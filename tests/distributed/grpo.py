@@ -86,7 +86,8 @@ def build_grpo(data: str, options: dict[str, Any], folder: Path, base: Path, pro
     Several processes share either the rows of a micro-batch or, with accumulation, the micro-batches.
     """
     options = {**OPTIONS, **options}
-    shared = "gradient_accumulation_steps" if "gradient_accumulation_steps" in options else "per_device_train_batch_size"
+    micro_batches = "gradient_accumulation_steps" in options
+    shared = "gradient_accumulation_steps" if micro_batches else "per_device_train_batch_size"
     for name in (shared, "per_device_eval_batch_size"):
         options[name] //= processes
     args = LatentGRPOConfig(output_dir=str(folder), **options)

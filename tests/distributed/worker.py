@@ -87,10 +87,12 @@ RUNS = {
     "lvr, text on one process": Run(data="text beside images", base="lvr", options={"loss_average": "token"}),
     # As many steps on both processes as the longest span of either has.
     "lvr, free": Run(base="lvr", options={"latent_exposure": "free", "latent_exposure_forced": 1}),
-    # The published loss (bnpo) is an average over the tokens of a micro-batch: one process has both, one after the other.
+    # The published loss (bnpo) is a mean over the tokens of a micro-batch: one process has both, one after the other.
     "grpo": Run(base="grpo", options={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
     "grpo, adamw": Run(base="grpo", options={**ADAMW, **CHECKPOINTING, "learning_rate": 2e-4, "loss_type": "dapo"}),
-    "grpo, two iterations": Run(base="grpo", options={"loss_type": "grpo", "num_iterations": 2, "max_steps": 3, "beta": 0.0}),
+    "grpo, two iterations": Run(
+        base="grpo", options={"loss_type": "grpo", "num_iterations": 2, "max_steps": 3, "beta": 0.0}
+    ),
     "grpo, gaussian": Run(
         base="grpo",
         options={
@@ -98,6 +100,7 @@ RUNS = {
             "latent_policy": "gaussian",
             "latent_policy_sigma": 0.5,
             "latent_generation_kwargs": {"latent_hook": bent},
+            "ds3_gather_for_generation": False,
         },
     ),
     "grpo, text on one process": Run(

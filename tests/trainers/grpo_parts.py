@@ -11,6 +11,7 @@ from tests.latent import liven, tiny_latent_model
 from tests.tiny import tiny_images, tiny_processor
 from trainers.data.records import make_record, records_to_dataset
 from trainers.grpo_config import LatentGRPOConfig
+from trainers.grpo_replay import Replay
 from trainers.grpo_trainer import LatentGRPOTrainer
 from trainers.losses.grpo_latent import sampled_token_mask
 
@@ -105,3 +106,31 @@ def naive_logps(model: PreTrainedModel, batch: dict[str, Any], temperature: floa
 def trained_mask(batch: dict[str, Any]) -> torch.Tensor:
     """The loss mask of a batch whose decoding forced nothing."""
     return sampled_token_mask(batch["completion_mask"], latent_mask(batch))
+
+
+def policy_logps(trainer: LatentGRPOTrainer, batch: dict[str, Any], **options: Any) -> torch.Tensor:
+    """The trainer's own log-probabilities of a batch."""
+    trainer._replay = Replay.from_batch(batch)
+    names = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+    ids, mask = (torch.cat([batch[f"prompt_{k}"], batch[f"completion_{k}"]], dim=1) for k in ("ids", "mask"))
+    given = {name: batch.get(name) for name in names}
+    length = batch["completion_ids"].shape[1]
+    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length, **given, **options)[0]
+
+
+def recorded_logps(trainer: LatentGRPOTrainer, groups: int = 3) -> tuple[dict[str, Any], torch.Tensor]:
+    """A rollout, and the log-probabilities at which its tokens were drawn (before top-k and the like)."""
+    model, kept = trainer.accelerator.unwrap_model(trainer.model), []
+    stock = model.generate
+
+    def spy(**kwargs: Any) -> Any:
+        output = stock(**kwargs)
+        kept.append(torch.stack(output.logits, dim=1).float())
+        return output
+
+    model.generate = spy
+    trainer.generation_config.output_logits = True
+    batch = rollout(trainer, groups)
+    del model.generate
+    logits = kept[0][:, : batch["completion_ids"].shape[1]] / trainer.temperature
+    return batch, logits.log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)

@@ -48,7 +48,7 @@ GAUSSIAN = {"latent_policy": "gaussian", "latent_policy_sigma": 1.0}
         ({"use_liger_kernel": True}, "use_liger_kernel=True: replaces the forward"),
         ({"use_transformers_continuous_batching": True}, "continuous batching keeps logits alone"),
         ({"use_transformers_paged": True}, "use_transformers_paged=True: continuous batching"),
-        ({"max_prompt_length": 512}, "max_prompt_length=512: trimming a prompt .* bound max_pixels"),
+        ({"max_prompt_length": 0}, "max_prompt_length=0 must be an integer of at least 1, or None: no limit"),
         ({"loss_type": "ppo"}, r"unknown loss_type 'ppo'; choose one of \['bnpo'"),
         ({"loss_type": "luspo"}, "loss_type='luspo' with importance_sampling_level='token'.* set .*: sequence"),
         ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "loss_type='vespo' .*: token"),
@@ -75,6 +75,12 @@ GAUSSIAN = {"latent_policy": "gaussian", "latent_policy_sigma": 1.0}
         ({"stop_on_nan": "yes"}, "stop_on_nan='yes' must be true or false"),
         ({"max_bad_share": 2}, "max_bad_share=2 must be between 0 and 1"),
         ({"vision_lr": 0}, "vision_lr=0 must be above 0"),
+        ({"latent_head_lr": -1}, "latent_head_lr=-1 must be above 0"),
+        ({"weight_decay_rule": "none"}, "weight_decay_rule='none' is unknown; choose one of"),
+        (
+            {"deepspeed": {"optimizer": {"type": "AdamW"}}, "vision_lr": 1e-6},
+            r"section.*ignores \['vision_lr",
+        ),
         ({"bf16": True, "use_cpu": False}, "bf16=True needs a GPU"),
     ],
 )

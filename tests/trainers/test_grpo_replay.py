@@ -15,7 +15,6 @@ from trainers.grpo_replay import (
     Replay,
     completion_texts,
     forced_mask,
-    image_rows,
     latent_counts,
     latent_metrics,
     latent_paths,
@@ -145,20 +144,6 @@ def test_paths_show_every_span() -> None:
     trace.readable_ids = torch.full_like(trace.readable_ids, word)
     text = processor.tokenizer.decode([word])
     assert latent_paths(processor, trace) == [f"⟨{text}{text}⟩ ⟨{text}⟩", ""]
-
-
-def test_images_of_rows() -> None:
-    grids = torch.tensor([[1, 2, 2], [1, 4, 2], [1, 2, 4]])
-    inputs = {
-        "pixel_values": torch.arange(20.0).view(20, 1),
-        "image_grid_thw": grids,
-        "num_images": [1, 0, 2],
-        "mm_token_type_ids": torch.arange(6).view(3, 2),
-    }
-    part = image_rows(inputs, slice(1, 3))
-    assert torch.equal(part["image_grid_thw"], grids[1:]) and part["pixel_values"][:, 0].tolist() == list(range(4, 20))
-    assert set(image_rows(inputs, slice(1, 2))) == {"mm_token_type_ids"}
-    assert image_rows({"pixel_values": None}, slice(0, 2)) == {}
 
 
 def test_docstrings() -> None:

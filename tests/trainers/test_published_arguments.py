@@ -179,7 +179,6 @@ REFUSED = [
     ("sft", {"coconut": False}, "coconut=False, .*latent_form: none"),
     ("sft", {"max_lvr_tokens": 16}, "max_lvr_tokens=16, .*never published.*max_pixels"),
     ("grpo", {"max_seq_length": 32768}, "max_seq_length=32768, .*never reads it.*max_pixels"),
-    ("grpo", {"logging_dir": "logs"}, "logging_dir='logs', .*TENSORBOARD_LOGGING_DIR"),
     ("sft", {"online_checkpoint": True}, "online_checkpoint=True, .*set push_to_hub: true"),
     ("sft", {"lvr_head_type": "glu"}, "lvr_head_type='glu', .*without lvr_head.*latent_head: glu"),
     ("sft", {"lvr_head": True, "lvr_head_type": "mlp"}, "lvr_head_type='mlp', .*choose one of"),
@@ -225,10 +224,13 @@ def test_the_parser_takes_published_names_from_flags_and_files(tmp_path: Path) -
 
 def test_the_folder_of_the_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
-    LVRSFTConfig(use_cpu=True, bf16=False)
-    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "elsewhere"
-    LVRSFTConfig(use_cpu=True, bf16=False, logging_dir=str(tmp_path))
-    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path)
+    for stage, config in CONFIGS.items():
+        config(use_cpu=True, bf16=False)
+        assert os.environ["TENSORBOARD_LOGGING_DIR"] == "elsewhere"
+        with monkeypatch.context() as patch:
+            patch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
+            config(use_cpu=True, bf16=False, logging_dir=str(tmp_path / stage))
+            assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / stage)
 
 
 # The recipes --------------------------------------------------------------------------------------------------------
