@@ -18,7 +18,7 @@ CASES: list[dict] = golden_json(FOLDER, "optimizer_cases.json", [])
 
 
 @lru_cache(maxsize=2)
-def lvr_model(head: str) -> LatentQwen2_5_VLForConditionalGeneration:
+def model_with_head(head: str) -> LatentQwen2_5_VLForConditionalGeneration:
     """The model of the cases: a latent head and an end vector."""
     stock = Qwen2_5_VLConfig(**golden_json(FOLDER, "tiny_config.json"))
     fields = {"latent_head": head, "latent_stop_vector": True}
@@ -45,7 +45,7 @@ def published(name: str) -> str:
     "case", CASES, ids=lambda case: f"{case['lvr_head_type']}, head {case['lvr_head_lr']}, merger {case['merger_lr']}"
 )
 def test_optimizer_groups(case: dict) -> None:
-    model = lvr_model(case["lvr_head_type"]).requires_grad_(True)
+    model = model_with_head(case["lvr_head_type"]).requires_grad_(True)
     parts = {name: case[f"freeze_{name}"] for name in ("vision_tower", "merger", "llm")}
     freeze_parts(model, **parts)
     rates = {name: case[name] for name in ("learning_rate", "weight_decay", "vision_lr", "merger_lr")}
