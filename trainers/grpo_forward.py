@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .grpo_replay import Replay
-from .latent_forward import check_trl_fused_head
+from .latent_forward import trl_forward
 
 
 @dataclass
@@ -46,14 +46,7 @@ def add_latent_replay(model: PreTrainedModel) -> None:
     Raises:
         RuntimeError: TRL's fused head is absent or has another form.
     """
-    check_trl_fused_head()
-    fused_forward = model.forward
-    if "forward" not in vars(model):
-        raise RuntimeError("model.forward was not wrapped by TRL's add_fused_lm_head; build the trainer first")
-    head = model.get_output_embeddings()
-    if not hasattr(head, "bias"):
-        # PEFT's trainable tokens wrap a tied head: it has the merged weight but no bias, and TRL reads both.
-        head.bias = getattr(head.original_module, "bias", None)
+    fused_forward = trl_forward(model)
 
     @functools.wraps(type(model).forward)
     def forward(

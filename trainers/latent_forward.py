@@ -132,6 +132,22 @@ def check_trl_fused_head() -> None:
         )
 
 
+def trl_forward(model: PreTrainedModel) -> Callable:
+    """The forward of a model that TRL wrapped with its fused LM head, which then finds all that it reads.
+
+    Raises:
+        RuntimeError: TRL's fused head is absent or has another form.
+    """
+    check_trl_fused_head()
+    if "forward" not in vars(model):
+        raise RuntimeError("model.forward was not wrapped by TRL's add_fused_lm_head; build the trainer first")
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        # PEFT's trainable tokens wrap a tied head: it has the merged weight but no bias, and TRL reads both.
+        head.bias = getattr(head.original_module, "bias", None)
+    return model.forward
+
+
 def check_plain_logits(config: PreTrainedConfig) -> None:
     """Refuse a model that scales or caps its logits, for losses that multiply the LM head themselves.
 
@@ -167,15 +183,7 @@ def add_latent_loss(
     Raises:
         RuntimeError: TRL's fused head is absent or has another form.
     """
-    check_trl_fused_head()
-    exposure = exposure or LatentExposure()
-    fused_forward = model.forward
-    if "forward" not in vars(model):
-        raise RuntimeError("model.forward was not wrapped by TRL's add_fused_lm_head; build the trainer first")
-    head = model.get_output_embeddings()
-    if not hasattr(head, "bias"):
-        # PEFT's trainable tokens wrap a tied head: it has the merged weight but no bias, and TRL reads both.
-        head.bias = getattr(head.original_module, "bias", None)
+    fused_forward, exposure = trl_forward(model), exposure or LatentExposure()
 
     @functools.wraps(type(model).forward)
     def forward(
