@@ -102,8 +102,8 @@ class LVRObjective(LatentObjective):
             slots.any(dim=1).sum() if self.options.row_average == "example" else slots.sum(),
         ]
         if self.auxiliary:
-            ends = (input_ids == self.stop_id).sum() if self.has_stop_vector else None
-            counts.append(len(self._switch_rows(input_ids, None).target) if ends is None else ends)
+            ends = (input_ids == self.stop_id).sum() if self.has_stop_vector else len(self._switch_rows(input_ids))
+            counts.append(ends)
         return torch.stack([torch.as_tensor(count, device=input_ids.device) for count in counts])
 
     def prepare(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -146,9 +146,9 @@ class LVRObjective(LatentObjective):
             sums["latent_cosine_free"] = self._free_cosine(model, targets, inputs)
         return LatentLoss(out.loss, sums, out.loss_count, auxiliary)
 
-    def _switch_rows(self, ids: torch.LongTensor, mask: torch.Tensor | None) -> ModeSwitchRows:
+    def _switch_rows(self, ids: torch.LongTensor) -> ModeSwitchRows:
         reference = self.args.mode_switch_targets == "reference"
-        return find_mode_switch_rows(ids, self.start_id, self.slot_id, self.end_id, mask, reference)
+        return find_mode_switch_rows(ids, self.start_id, self.slot_id, self.end_id, reference=reference)
 
     def _mode_switch(
         self, model: PreTrainedModel, hidden_states: torch.Tensor, rows: RoiRows, inputs: dict[str, Any]
@@ -159,7 +159,7 @@ class LVRObjective(LatentObjective):
             states = states if model.latent_head is None else model.latent_head(states)
             end = latent_end_loss(states, model.latent_stop_vector(states), self.args.mode_switch_loss_type)
             return ((end.loss, end.loss_count),), {}
-        switch = self._switch_rows(ids, None)
+        switch = self._switch_rows(ids)
         if self.args.mode_switch_targets == "reference":
             states = apply_latent_head(hidden_states, rows, model.latent_head)
         else:  # what the LM head reads in decoding
