@@ -23,6 +23,7 @@ OUR_PACKAGES = ("modeling_latent", "trainers", "evaluation")
 SHARED = {
     "configuration_latent.py",
     "generation_latent.py",
+    "latent_decoding.py",
     "latent_heads.py",
     "latent_inputs.py",
     "latent_lvr.py",
@@ -30,6 +31,7 @@ SHARED = {
     "latent_qwen_vl.py",
     "latent_state.py",
     "latent_strategies.py",
+    "latent_tokens.py",
     "latent_trace.py",
     "processing_latent.py",
 }
