@@ -131,6 +131,31 @@ register_latent_method(
 )
 
 
+# IVT-LR adds these three in this order; it writes neither start nor end. The fourth stands for inserted image embeddings.
+_STEP_TOKENS = {"start": "<|start-latent|>", "end": "<|end-latent|>", "slot": "<|latent|>"}
+register_latent_method(
+    LatentMethod(
+        name="ivtlr",
+        tokens={**_STEP_TOKENS, "patch": "<|latent-patch|>"},
+        generation={"latent_strategy": "staged", "num_latent_steps": 3, "num_latent_patches": 32},
+        source="Reasoning in the Dark: Interleaved Vision-Text Reasoning in Latent Space, arXiv 2510.12603",
+    )
+)
+register_latent_method(
+    LatentMethod(
+        name="coconut",
+        tokens=_STEP_TOKENS,
+        generation={
+            "latent_strategy": "staged",
+            "num_latent_steps": 6,
+            "num_latent_patches": 0,
+            "latent_markers": True,
+        },
+        source="Training Large Language Models to Reason in a Continuous Latent Space, arXiv 2412.06769",
+    )
+)
+
+
 def published_method(config: PreTrainedConfig) -> LatentMethod | None:
     """The method whose published code wrote a stock configuration, `None` for a plain stock one."""
     for method in LATENT_METHODS.values():
@@ -140,6 +165,7 @@ def published_method(config: PreTrainedConfig) -> LatentMethod | None:
 
 
 HEAD_TIMINGS = ("train", "reference")
+ROPE_POSITIONS = ("mrope", "flat")
 _REQUIRED_TOKEN_FIELDS = ("latent_token_id", "latent_start_token_id", "latent_end_token_id")
 # The ids of a model; a processor has a property of each name.
 LATENT_TOKEN_FIELDS = (*_REQUIRED_TOKEN_FIELDS, "latent_patch_token_id", "latent_stop_token_id")
@@ -152,6 +178,7 @@ _LATENT_FIELDS = (
     "latent_head_timing",
     "latent_head_size",
     "patch_embed_fp32",
+    "rope_positions",
 )
 
 
@@ -177,6 +204,8 @@ class LatentConfigMixin(PreTrainedConfig):
         latent_head_size: inner width of a gated latent head; default: `intermediate_size` of the decoder.
         patch_embed_fp32: whether the vision tower's patch embedding is a matrix product in float32 in place of the
             stock 3-D convolution (see `latent_patch_embed.py`).
+        rope_positions: of the families with rotary positions in three axes. `"mrope"`: as the stock model; `"flat"`:
+            the plain index on all axes, image tokens included, as published IVT-LR weights were trained with.
 
     Class attributes of a family: `model_type` (also the name of its file) and `model_class`, the name of the head
     class in that file.
@@ -196,6 +225,7 @@ class LatentConfigMixin(PreTrainedConfig):
     latent_head_timing: str = "train"
     latent_head_size: int | None = None
     patch_embed_fp32: bool = False
+    rope_positions: str = "mrope"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -209,6 +239,8 @@ class LatentConfigMixin(PreTrainedConfig):
             raise ValueError(
                 f"latent_head_timing={self.latent_head_timing!r} is unknown; choose one of {list(HEAD_TIMINGS)}"
             )
+        if self.rope_positions not in ROPE_POSITIONS:
+            raise ValueError(f"rope_positions={self.rope_positions!r} is unknown; choose one of {list(ROPE_POSITIONS)}")
         reference = self._auto_map_reference()
         if reference:
             self.auto_map = {**reference, **(getattr(self, "auto_map", None) or {})}
