@@ -131,7 +131,7 @@ register_latent_method(
 )
 
 
-# IVT-LR adds these three in this order; it writes neither start nor end. The fourth stands for inserted image embeddings.
+# The published code adds these three in this order; IVT-LR writes neither start nor end.
 _STEP_TOKENS = {"start": "<|start-latent|>", "end": "<|end-latent|>", "slot": "<|latent|>"}
 register_latent_method(
     LatentMethod(
@@ -240,7 +240,9 @@ class LatentConfigMixin(PreTrainedConfig):
                 f"latent_head_timing={self.latent_head_timing!r} is unknown; choose one of {list(HEAD_TIMINGS)}"
             )
         if self.rope_positions not in ROPE_POSITIONS:
-            raise ValueError(f"rope_positions={self.rope_positions!r} is unknown; choose one of {list(ROPE_POSITIONS)}")
+            raise ValueError(
+                f"rope_positions={self.rope_positions!r} is unknown; choose one of {list(ROPE_POSITIONS)}"
+            )
         reference = self._auto_map_reference()
         if reference:
             self.auto_map = {**reference, **(getattr(self, "auto_map", None) or {})}

@@ -68,8 +68,9 @@ def attention_of_rows(
     keys = key.shape[2]
     index = rows.view(batch, 1, -1, 1)
     chosen = query.gather(2, index.expand(-1, heads, -1, dim))
-    key = key.repeat_interleave(heads // key.shape[1], dim=1)
-    scores = (chosen.float() @ key.float().transpose(-1, -2)) * scaling
+    grouped = chosen.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # query heads that share a key head, side by side
+    scores = (grouped.float() @ key.float().transpose(-1, -2)) * scaling
+    scores = scores.unflatten(2, (-1, rows.shape[1])).flatten(1, 2)
     if attention_mask is not None:
         mask = attention_mask[..., :keys].expand(batch, -1, -1, -1)
         allowed = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[-1]))
@@ -86,7 +87,10 @@ def attention_of_rows(
 
 @contextmanager
 def capture_attention_rows(
-    model: PreTrainedModel, rows: torch.LongTensor | None = None, layers: list[int] | None = None
+    model: PreTrainedModel,
+    rows: torch.LongTensor | None = None,
+    layers: list[int] | None = None,
+    gradients: bool = True,
 ) -> Iterator[AttentionRows]:
     """Capture attention rows of the text decoder during the forwards run inside the context.
 
@@ -94,6 +98,7 @@ def capture_attention_rows(
         model: any model whose text layers use the attention interface of transformers.
         rows: `(batch, rows)` query indices of the forward, negative ones count from its end; default the last query.
         layers: layer indices; default all.
+        gradients: whether the weights are part of the autograd graph, where there is one.
 
     Yields:
         [`AttentionRows`], filled by each forward (the last one wins).
@@ -119,14 +124,15 @@ def capture_attention_rows(
         if layers is None or module.layer_idx in layers:
             index = _row_index(rows, query)
             is_dense = mask is not None and mask.dim() == 4
-            captured.weights[module.layer_idx] = attention_of_rows(
-                query,
-                key,
-                mask if is_dense else None,
-                index,
-                query.shape[-1] ** -0.5 if scaling is None else scaling,
-                None if is_dense else mask,
-            )
+            with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+                captured.weights[module.layer_idx] = attention_of_rows(
+                    query,
+                    key,
+                    mask if is_dense else None,
+                    index,
+                    query.shape[-1] ** -0.5 if scaling is None else scaling,
+                    None if is_dense else mask,
+                )
 
     base = decoder.config._attn_implementation
     capture = (set(decoder.modules()), observe)

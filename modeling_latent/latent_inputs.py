@@ -5,11 +5,12 @@ and the ids keep the record: such a position carries `config.latent_token_id` (o
 inserted image embedding). One forward serves decoding, teacher forcing, replay and diagnostics.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 
 @dataclass
@@ -22,10 +23,12 @@ class LatentCausalLMOutputWithPast(CausalLMOutputWithPast):
             `logits_to_keep`: the vectors that the LM head read.
         latent_states (`torch.Tensor` of shape `(batch, kept, hidden)`): the vectors that would be fed next if the
             following position were a slot: `last_hidden_state` through the latent head, if the model has one.
+        plan_output (`LatentPlanOutput`): output of the backbone for a call with `latent_plan`.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     latent_states: torch.FloatTensor | None = None
+    plan_output: ModelOutput | None = None
 
 
 def latent_positions(input_ids: torch.LongTensor, token_ids: tuple[int | None, ...]) -> torch.BoolTensor:
@@ -173,6 +176,12 @@ class LatentHeadMixin:
         kept = hidden_states[:, index, :]
         logits = None if labels is not None and self.training else self.lm_head(kept)
         return loss, logits, kept
+
+    def plan_inputs(self, latent_plan: Any) -> dict[str, Any]:
+        """`latent_plan` for the backbone: its slots are fed through the latent head, too."""
+        if latent_plan is None:
+            return {}
+        return {"latent_plan": replace(latent_plan, step=latent_plan.step or self.latent_step)}
 
     def latent_step(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The vector that one latent step feeds: hidden state(s) `(..., hidden)` through the latent head, if any.

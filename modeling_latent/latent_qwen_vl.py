@@ -21,16 +21,18 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .generation_latent import LatentGenerationMixin
+from .latent_blocks import padded_positions
 from .latent_heads import build_latent_head
 from .latent_inputs import LatentCausalLMOutputWithPast, LatentHeadMixin, LatentInputsMixin
 from .latent_lvr import LatentStopVector
 from .latent_patch_embed import use_linear_patch_embed
+from .latent_plan import LatentPlan, LatentPlanMixin, run_plan
 
 _PLACEHOLDERS: ContextVar[torch.LongTensor | None] = ContextVar("latent_placeholders", default=None)
 _NO_TOKEN = -1
 
 
-class LatentQwenVLModelMixin(LatentInputsMixin):
+class LatentQwenVLModelMixin(LatentPlanMixin, LatentInputsMixin):
     """For a backbone class, before the stock one: `class LatentQwen3VLModel(LatentQwenVLModelMixin, Qwen3VLModel)`.
 
     Class attributes:
@@ -60,6 +62,7 @@ class LatentQwenVLModelMixin(LatentInputsMixin):
         mm_encoder_outputs: dict[str, Any] | None = None,
         latent_embeds: torch.Tensor | None = None,
         latent_mask: torch.BoolTensor | None = None,
+        latent_plan: LatentPlan | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         r"""As the stock forward, with latents (contract C1).
@@ -68,13 +71,34 @@ class LatentQwenVLModelMixin(LatentInputsMixin):
             Vectors that replace token embeddings where `latent_mask` is true.
         latent_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
             Latent positions; default `input_ids == config.latent_token_id`.
+        latent_plan (`LatentPlan`, *optional*):
+            Work the latents out, one after the other (contract C4); the output is a [`LatentPlanOutput`].
         """
+        if latent_plan is not None:
+            given = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "past_key_values": past_key_values,
+                "inputs_embeds": inputs_embeds,
+                "use_cache": use_cache,
+                "pixel_values": pixel_values,
+                "pixel_values_videos": pixel_values_videos,
+                "image_grid_thw": image_grid_thw,
+                "video_grid_thw": video_grid_thw,
+                "mm_token_type_ids": mm_token_type_ids,
+                "mm_encoder_outputs": mm_encoder_outputs,
+                "latent_embeds": latent_embeds,
+            }
+            return run_plan(self, latent_plan, {**given, **kwargs})
         embeds = self.embed_with_latents(input_ids, inputs_embeds, latent_embeds, latent_mask)
         has_images = not (pixel_values is None and pixel_values_videos is None and not mm_encoder_outputs)
         placeholders = None
         if embeds is not None and has_images and (input_ids is not None or latent_embeds is not None):
             placeholders = self._placeholder_ids(input_ids, inputs_embeds, latent_mask)
-        if embeds is not None and input_ids is not None and position_ids is None:
+        if self.config.rope_positions == "flat" and position_ids is None:
+            position_ids = _flat_positions(input_ids if embeds is None else embeds, attention_mask, past_key_values)
+        elif embeds is not None and input_ids is not None and position_ids is None:
             position_ids = self.compute_3d_position_ids(
                 input_ids=input_ids,
                 inputs_embeds=embeds,
@@ -111,6 +135,23 @@ class LatentQwenVLModelMixin(LatentInputsMixin):
         finally:
             _PLACEHOLDERS.reset(token)
 
+    def plan_positions(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, **inputs: Any
+    ) -> torch.LongTensor:
+        """`(3, batch, length)` rotary positions; inserted image embeddings are counted like text."""
+        found = None
+        if self.config.rope_positions == "mrope":
+            names = ("image_grid_thw", "mm_token_type_ids", *self.position_inputs)
+            found = self.compute_3d_position_ids(
+                input_ids=input_ids,
+                inputs_embeds=None,
+                attention_mask=attention_mask,
+                past_key_values=None,
+                video_grid_thw=None,
+                **{name: inputs.get(name) for name in names},
+            )
+        return padded_positions(attention_mask).expand(3, -1, -1) if found is None else found
+
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.BoolTensor, torch.BoolTensor]:
@@ -135,6 +176,11 @@ class LatentQwenVLModelMixin(LatentInputsMixin):
 
 class LatentQwenVLHeadMixin(LatentGenerationMixin, LatentHeadMixin):
     """For a head class, before the stock one; its `__init__` builds the backbone and calls `build_heads`."""
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
+        if self.config.rope_positions == "flat":  # without them the stock method takes the plain index for all axes
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k != "mm_token_type_ids"}
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
     def build_heads(self, config: Any) -> None:
         """The LM head of the stock class, and the latent head and the vector that ends a span, if the configuration
@@ -178,6 +224,7 @@ class LatentQwenVLHeadMixin(LatentGenerationMixin, LatentHeadMixin):
         mm_encoder_outputs: dict[str, Any] | None = None,
         latent_embeds: torch.Tensor | None = None,
         latent_mask: torch.BoolTensor | None = None,
+        latent_plan: LatentPlan | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
@@ -188,6 +235,8 @@ class LatentQwenVLHeadMixin(LatentGenerationMixin, LatentHeadMixin):
             Vectors that replace token embeddings where `latent_mask` is true.
         latent_mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
             Latent positions; default `input_ids == config.latent_token_id`.
+        latent_plan (`LatentPlan`, *optional*):
+            Work the latents out, one after the other (contract C4); what they are is in `plan_output`.
 
         In train mode with `labels` the output has no logits: only labelled rows meet the LM head.
         """
@@ -206,9 +255,11 @@ class LatentQwenVLHeadMixin(LatentGenerationMixin, LatentHeadMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             latent_embeds=latent_embeds,
             latent_mask=latent_mask,
+            **self.plan_inputs(latent_plan),
             **kwargs,
         )
-        hidden_states = self.slot_hidden_states(outputs[0], input_ids, latent_embeds, latent_mask)
+        fed = latent_embeds if latent_plan is None else outputs.latent_embeds
+        hidden_states = self.slot_hidden_states(outputs[0], input_ids, fed, latent_mask)
         loss, logits, kept = self.project_hidden_states(hidden_states, labels, logits_to_keep, num_items_in_batch)
         output = LatentCausalLMOutputWithPast(
             loss=loss,
@@ -218,6 +269,7 @@ class LatentQwenVLHeadMixin(LatentGenerationMixin, LatentHeadMixin):
             attentions=outputs.attentions,
             last_hidden_state=kept,
             latent_states=self.latent_step(kept),
+            plan_output=None if latent_plan is None else outputs,
         )
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
@@ -255,6 +307,15 @@ def register_checkpoint_renaming(*stock_names: str) -> None:
         mapping = get_checkpoint_conversion_mapping(name)
         if mapping is not None:
             register_checkpoint_conversion_mapping("Latent" + name, mapping, overwrite=True)
+
+
+def _flat_positions(
+    inputs: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+) -> torch.LongTensor:
+    """`(batch, length)` plain positions of all tokens, images included; padding does not count."""
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return padded_positions(attention_mask)[:, -inputs.shape[1] :]
+    return _plain_positions(inputs, past_key_values)
 
 
 def _plain_positions(embeds: torch.Tensor, past_key_values: Cache | None) -> torch.LongTensor:
