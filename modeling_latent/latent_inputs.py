@@ -168,14 +168,18 @@ class LatentHeadMixin:
         if labels is not None:
             targets = labels[:, 1:].to(hidden_states.device)
             rows = targets != -100
-            logits = self.lm_head(hidden_states[:, :-1][rows]).float()
+            logits = self.head_logits(hidden_states[:, :-1][rows]).float()
             total = nn.functional.cross_entropy(logits, targets[rows], reduction="sum")
             divisor = rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = total / divisor
         index = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         kept = hidden_states[:, index, :]
-        logits = None if labels is not None and self.training else self.lm_head(kept)
+        logits = None if labels is not None and self.training else self.head_logits(kept)
         return loss, logits, kept
+
+    def head_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `(..., vocabulary)` of final-norm states `(..., hidden)`, as the stock forward makes them."""
+        return self.lm_head(hidden_states)
 
     def plan_inputs(self, latent_plan: Any) -> dict[str, Any]:
         """`latent_plan` for the backbone: its slots are fed through the latent head, too."""

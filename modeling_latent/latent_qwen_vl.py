@@ -15,16 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .generation_latent import LatentGenerationMixin
 from .latent_blocks import padded_positions
-from .latent_heads import build_latent_head
-from .latent_inputs import LatentCausalLMOutputWithPast, LatentHeadMixin, LatentInputsMixin
-from .latent_lvr import LatentStopVector
+from .latent_head_class import LatentHeadClassMixin
+from .latent_inputs import LatentCausalLMOutputWithPast, LatentInputsMixin
 from .latent_patch_embed import use_linear_patch_embed
 from .latent_plan import LatentPlan, LatentPlanMixin, run_plan
 
@@ -174,37 +171,13 @@ class LatentQwenVLModelMixin(LatentPlanMixin, LatentInputsMixin):
         return input_ids if latent_mask is None else input_ids.masked_fill(latent_mask, _NO_TOKEN)
 
 
-class LatentQwenVLHeadMixin(LatentGenerationMixin, LatentHeadMixin):
+class LatentQwenVLHeadMixin(LatentHeadClassMixin):
     """For a head class, before the stock one; its `__init__` builds the backbone and calls `build_heads`."""
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         if self.config.rope_positions == "flat":  # without them the stock method takes the plain index for all axes
             model_kwargs = {k: v for k, v in model_kwargs.items() if k != "mm_token_type_ids"}
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-
-    def build_heads(self, config: Any) -> None:
-        """The LM head of the stock class, and the latent head and the vector that ends a span, if the configuration
-        names them; initialises weights."""
-        text = config.get_text_config()
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.latent_head = build_latent_head(config)
-        self.latent_stop_vector = LatentStopVector(text.hidden_size) if config.latent_stop_vector else None
-        self.head_at_slots = self.latent_head is not None and config.latent_head_timing == "reference"
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """As the stock class; layers of the latent head as PyTorch makes them, the end vector at random."""
-        super()._init_weights(module)
-        if isinstance(module, LatentStopVector):
-            direction = torch.randn_like(module.weight, dtype=torch.float32)
-            length = direction.norm().clamp(min=1e-12)
-            init.copy_(module.weight, direction / length * module.weight.numel() ** 0.5)
-        elif isinstance(module, nn.Linear) and self.latent_head is not None:
-            if any(module is layer for layer in self.latent_head.modules()):
-                init.kaiming_uniform_(module.weight, a=5**0.5)
-                if module.bias is not None:
-                    init.uniform_(module.bias, -(module.in_features**-0.5), module.in_features**-0.5)
 
     def forward(
         self,
@@ -258,21 +231,17 @@ class LatentQwenVLHeadMixin(LatentGenerationMixin, LatentHeadMixin):
             **self.plan_inputs(latent_plan),
             **kwargs,
         )
-        fed = latent_embeds if latent_plan is None else outputs.latent_embeds
-        hidden_states = self.slot_hidden_states(outputs[0], input_ids, fed, latent_mask)
-        loss, logits, kept = self.project_hidden_states(hidden_states, labels, logits_to_keep, num_items_in_batch)
-        output = LatentCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            last_hidden_state=kept,
-            latent_states=self.latent_step(kept),
-            plan_output=None if latent_plan is None else outputs,
+        return self.latent_output(
+            outputs,
+            input_ids=input_ids,
+            latent_embeds=latent_embeds,
+            latent_mask=latent_mask,
+            latent_plan=latent_plan,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            num_items_in_batch=num_items_in_batch,
+            return_dict=return_dict,
         )
-        use_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if use_dict else output.to_tuple()
 
 
 def forward_with(forward: Callable[..., Any], **annotations: Any) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ SHARED = {
     "configuration_latent.py",
     "generation_latent.py",
     "latent_decoding.py",
+    "latent_head_class.py",
     "latent_heads.py",
     "latent_inputs.py",
     "latent_lvr.py",
