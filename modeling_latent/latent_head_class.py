@@ -1,4 +1,5 @@
-"""What every head class with latents shares, whatever its family: its heads, their initial weights, its output.
+"""What every head class with latents shares, whatever its family: its heads, their initial weights, its output, and
+the renaming of checkpoint tensors.
 
 A head class of the library is this mixin before the stock class. Its `__init__` builds the backbone and calls
 `build_heads`; its `forward`, whose signature is that of the family, runs the backbone and returns `latent_output`.
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .generation_latent import LatentGenerationMixin
 from .latent_heads import build_latent_head
@@ -81,4 +83,16 @@ class LatentHeadClassMixin(LatentGenerationMixin, LatentHeadMixin):
         return output if use_dict else output.to_tuple()
 
 
-__all__ = ["LatentHeadClassMixin"]
+def register_checkpoint_renaming(*stock_names: str) -> None:
+    """Give the latent classes the renaming of checkpoint tensors of the stock classes.
+
+    Stock checkpoints name their tensors `visual.*` and `model.layers.*`; the renaming is looked up by class name and
+    skips custom classes. A family without a renaming needs none.
+    """
+    for name in stock_names:
+        mapping = get_checkpoint_conversion_mapping(name)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping("Latent" + name, mapping, overwrite=True)
+
+
+__all__ = ["LatentHeadClassMixin", "register_checkpoint_renaming"]

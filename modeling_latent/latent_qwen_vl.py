@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .latent_blocks import padded_positions
-from .latent_head_class import LatentHeadClassMixin
+from .latent_head_class import LatentHeadClassMixin, register_checkpoint_renaming
 from .latent_inputs import LatentCausalLMOutputWithPast, LatentInputsMixin
 from .latent_patch_embed import use_linear_patch_embed
 from .latent_plan import LatentPlan, LatentPlanMixin, run_plan
@@ -264,18 +263,6 @@ def forward_with(forward: Callable[..., Any], **annotations: Any) -> Callable[..
     further = [inspect.Parameter(name, kind, default=None, annotation=type_) for name, type_ in annotations.items()]
     family_forward.__signature__ = signature.replace(parameters=[*named, *further, rest])
     return family_forward
-
-
-def register_checkpoint_renaming(*stock_names: str) -> None:
-    """Give the latent classes the renaming of checkpoint tensors of the stock classes.
-
-    Stock checkpoints name their tensors `visual.*` and `model.layers.*`; the renaming is looked up by class name and
-    skips custom classes. A family without a renaming needs none.
-    """
-    for name in stock_names:
-        mapping = get_checkpoint_conversion_mapping(name)
-        if mapping is not None:
-            register_checkpoint_conversion_mapping("Latent" + name, mapping, overwrite=True)
 
 
 def _flat_positions(
