@@ -25,6 +25,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 from transformers.utils import logging
 
+from .latent_staged import lay_out  # noqa: F401  (registers the strategy)
 from .latent_state import LatentState
 from .latent_strategies import LATENT_OPTIONS, LatentOptions, get_latent_strategy, resolve_latent_options
 from .latent_trace import LatentTrace
@@ -108,15 +109,18 @@ class LatentStoppingCriteriaList(StoppingCriteriaList):
         self.state = state
         values = state.options.values
         self.overrun, self.readable = values.latent_budget == "reference", values.latent_ids == "readable"
+        self.deaf_once = not values.stop_on_first_token  # to the ids of the first step
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        special = self.overrun or self.readable
+        special = self.overrun or self.readable or self.deaf_once
         stopped = (self._stopped if special else super().__call__)(input_ids, scores, **kwargs)
         self.state.advance(input_ids, stopped)
         return stopped
 
     def _stopped(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         slots = self.state.is_slot(input_ids.shape[1] - 1)
+        if self.deaf_once and input_ids.shape[1] == self.state.prompt_length + 1:
+            slots = torch.ones_like(slots)
         stopped = torch.zeros_like(slots)
         for criterion in self:
             reads_ids = not isinstance(criterion, (MaxLengthCriteria, MaxTimeCriteria))
@@ -258,7 +262,7 @@ class LatentGenerationMixin(GenerationMixin):
         options = resolve_latent_options(self.config.strategy_of_method(name), given, [saved, method])
         if name != options.strategy.name:
             logger.info(f"latent_strategy={name!r} is called {options.strategy.name!r} here")
-        if options.strategy.opens_span:
+        if options.strategy.uses_latents:
             self.config.require_latent_tokens()
             self._refuse_latent_combinations(options, generation_config)
         if options.strategy.layout is not None:
@@ -312,7 +316,8 @@ class LatentGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _refuse_special_options(options: LatentOptions, mode: str) -> None:
-        for name, value in (("latent_ids", "readable"), ("latent_budget", "reference")):
+        special = (("latent_ids", "readable"), ("latent_budget", "reference"), ("stop_on_first_token", False))
+        for name, value in special:
             if getattr(options.values, name) == value:
                 raise ValueError(
                     f"{name}={value!r} works with greedy decoding and sampling only; drop {mode}, or {name}={value!r}"
@@ -350,7 +355,7 @@ class LatentGenerationMixin(GenerationMixin):
         if state is None:
             return super()._get_logits_processor(*args, **kwargs)
         state.prompt_length = kwargs["input_ids_seq_length"]
-        if state.prompt_length == 0 and state.strategy.opens_span:
+        if state.prompt_length == 0 and state.strategy.uses_latents:
             raise ValueError(
                 f"latent_strategy={state.strategy.name!r} needs input_ids, in which the latents are recorded; pass "
                 "the ids too (vectors of your own go into latent_embeds), or latent_strategy='off'"
@@ -362,7 +367,7 @@ class LatentGenerationMixin(GenerationMixin):
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         criteria, state = super()._get_stopping_criteria(generation_config, *args, **kwargs), _state()
-        if state is None or not state.strategy.opens_span or (generation_config.num_beams or 1) > 1:
+        if state is None or not state.strategy.uses_latents or (generation_config.num_beams or 1) > 1:
             return criteria  # beams: the criteria see candidates, not the running rows
         return LatentStoppingCriteriaList(criteria, state)
 
@@ -386,7 +391,7 @@ class LatentGenerationMixin(GenerationMixin):
         stock: Callable = super()._prefill
         if call is not None and call.options is not None and call.options.strategy.prefill is not None:
             return call.options.strategy.prefill(
-                self, stock, input_ids, generation_config, model_kwargs, call.options, **kw
+                self, stock, input_ids, generation_config, model_kwargs, call.state, **kw
             )
         return stock(input_ids, generation_config, model_kwargs, **kw)
 
@@ -395,6 +400,8 @@ class LatentGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         first = bool(kwargs.get("is_first_iteration"))
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if kwargs.get("latent_plan") is not None:  # it makes the masks of its segments itself
+            model_inputs["attention_mask"] = kwargs.get("attention_mask")
         state = _state()
         if state is not None:
             embeds = model_inputs.get("inputs_embeds")

@@ -109,6 +109,7 @@ class LatentState:
         self.options, self.config, self.num_prompts, self.dtype = options, config, num_prompts, dtype
         self.use_cache, self.chunked, self.sample, self.keep_trace = use_cache, chunked, sample, keep_trace
         self.prompt_latents, self.attention_mask = prompt_latents, attention_mask
+        self.prompt_record: dict[str, torch.Tensor] = {}  # of a plan, by prompt and position
         self.strategy, self.readable_ids = options.strategy, options.values.latent_ids == "readable"
         # Read once: an attribute of a configuration costs as much as an operation on a tensor.
         self.start_id, self.slot_id, self.end_id = (
@@ -199,6 +200,47 @@ class LatentState:
             if token == self.start_id:
                 return index + 1 if self.strategy.opens_span else index
         return len(ids)
+
+    def take_plan(self, output: Any, lm_head: Any | None, input_ids: torch.LongTensor, num_beams: int) -> None:
+        """Keep what a plan fed at the slots of the prompts; with `lm_head` also what they said, for the trace.
+
+        Args:
+            output: a `LatentPlanOutput` of the `(R, T)` ids of the prompts.
+            num_beams: the beams of a prompt are equal, and the running ones all come from the first.
+        """
+        rows = slice(None, None, num_beams)
+        self.prompt_latents = output.latent_embeds[rows], output.latent_mask[rows]
+        if lm_head is None:
+            return
+        ids, mask, hidden = input_ids[rows], output.latent_mask[rows], output.last_hidden_state[rows]
+        topk = self.options.values.latent_topk
+        said = ids.clone()
+        best = ids.new_full((*ids.shape, topk), -1)
+        probs = hidden.new_zeros(*ids.shape, topk, dtype=torch.float32)
+        index = ((ids == self.slot_id) & mask).nonzero(as_tuple=True)
+        if len(index[0]):
+            # The state that a slot is fed is that of the position before its block.
+            places = torch.where(mask, -1, torch.arange(ids.shape[1], device=ids.device)).cummax(dim=1).values
+            before = self._before_blocks(ids, mask, places)
+            logits = lm_head(hidden[index[0], before[index]]).float()
+            said[index] = logits.argmax(-1)
+            if topk:
+                chosen = logits.softmax(-1).topk(min(topk, logits.shape[-1]), dim=-1)
+                best[index], probs[index] = chosen.indices, chosen.values
+        self.prompt_record = {"outputs": hidden, "said": said, "ids": best, "probs": probs}
+        if self.patch_id is not None:
+            self.prompt_record["patch_column"] = output.patch_columns[rows]
+
+    def _before_blocks(
+        self, ids: torch.LongTensor, mask: torch.BoolTensor, text: torch.LongTensor
+    ) -> torch.LongTensor:
+        """`(G, T)` at a slot: the last position before its block; `text` is the last one that is no latent."""
+        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if self.options.values.latent_vision_first:  # the block begins behind the slot before, or behind the text
+            slots = torch.where((ids == self.slot_id) & mask, places, -1)
+            last = torch.nn.functional.pad(slots[:, :-1], (1, 0), value=-1).cummax(dim=1).values
+            return torch.maximum(last, text)
+        return places - 1
 
     # --- feeding ---
 
@@ -414,22 +456,33 @@ class LatentState:
         vector, values = step.latent, self.options.values
         if values.latent_noise > 0:
             eligible = step.is_slot if values.latent_noise_first else step.is_open & (step.count > 0)
-            if bool(eligible.any()):
-                noise = torch.randn_like(vector)
-                scale = (
-                    values.latent_noise * vector.norm(dim=-1, keepdim=True) / (noise.norm(dim=-1, keepdim=True) + 1e-8)
-                )
-                vector = torch.where(eligible.unsqueeze(-1), vector + scale * noise, vector)
+            vector = self.with_noise(vector, eligible)
         if values.latent_hook is not None and bool(step.is_slot.any()):
             step.latent = vector
-            edited = values.latent_hook(step)
-            if edited is not None:
-                if edited.shape != vector.shape:
-                    raise ValueError(
-                        f"latent_hook must return {tuple(vector.shape)} or None, got {tuple(edited.shape)}"
-                    )
-                vector = torch.where(step.is_slot.unsqueeze(-1), edited.to(vector), vector)
+            vector = self.with_hook(step, vector)
         return vector
+
+    def with_noise(self, vector: torch.Tensor, rows: torch.BoolTensor) -> torch.Tensor:
+        """`(R, H)` vectors with the noise of the call on some rows."""
+        ratio = self.options.values.latent_noise
+        if ratio == 0 or not bool(rows.any()):
+            return vector
+        noise = torch.randn_like(vector)
+        scale = ratio * vector.norm(dim=-1, keepdim=True) / (noise.norm(dim=-1, keepdim=True) + 1e-8)
+        return torch.where(rows.unsqueeze(-1), vector + scale * noise, vector)
+
+    def with_hook(self, step: LatentStep, vector: torch.Tensor) -> torch.Tensor:
+        """`(R, H)` what the trace hook makes of the vectors of the rows that write a slot.
+
+        Raises:
+            ValueError: the hook returned another shape.
+        """
+        edited = self.options.values.latent_hook(step)
+        if edited is None:
+            return vector
+        if edited.shape != vector.shape:
+            raise ValueError(f"latent_hook must return {tuple(vector.shape)} or None, got {tuple(edited.shape)}")
+        return torch.where(step.is_slot.unsqueeze(-1), edited.to(vector), vector)
 
     def _record(
         self, step: LatentStep, position: int, closing: torch.BoolTensor, fired: list[torch.BoolTensor]
@@ -494,6 +547,9 @@ class LatentState:
         reasons: dict[tuple[int, int], str] = {}
         if self.prompt_latents is not None:
             self._pack_prompt(packed, sequences)
+            if self.prompt_record:
+                for row, position in packed["index"][0].tolist():
+                    reasons[(row, position + 1)] = "num_latent_steps"
         for position in sorted(self.records):
             if position >= length:
                 continue
@@ -519,17 +575,23 @@ class LatentState:
         return trace
 
     def _pack_prompt(self, packed: dict, sequences: torch.LongTensor) -> None:
-        """Slots that stand in the prompt: their vectors are known, what they would have said and returned is not."""
+        """Slots that stand in the prompt: their vectors are known; what they would have said and returned only where a
+        plan has worked them out."""
         index = self._prompt_mask(sequences[:, : self.prompt_length]).nonzero()
         given, topk = self.prompt_latents[0], self.options.values.latent_topk
-        vectors = given[index[:, 0] // (sequences.shape[0] // given.shape[0]), index[:, 1]]
+        source = index[:, 0] // (sequences.shape[0] // given.shape[0]), index[:, 1]
+        vectors, record = given[source], self.prompt_record
         packed["index"].append(index)
         packed["inputs"].append(vectors)
-        packed["outputs"].append(torch.zeros_like(vectors))
-        packed["known"].append(index.new_zeros(len(index), dtype=torch.bool))
-        packed["said"].append(sequences[index[:, 0], index[:, 1]])
-        packed["ids"].append(sequences.new_full((len(index), topk), -1))
-        packed["probs"].append(torch.zeros(len(index), topk, device=sequences.device))
+        packed["outputs"].append(record["outputs"][source] if record else torch.zeros_like(vectors))
+        packed["known"].append(torch.full_like(index[:, 0], bool(record), dtype=torch.bool))
+        packed["said"].append(record["said"][source] if record else sequences[index[:, 0], index[:, 1]])
+        packed["ids"].append(record["ids"][source] if record else sequences.new_full((len(index), topk), -1))
+        packed["probs"].append(
+            record["probs"][source] if record else torch.zeros(len(index), topk, device=sequences.device)
+        )
+        if "patch_column" in record:
+            packed["patch_column"] = [record["patch_column"][source]]
 
     def _parents(self, output: Any, rows: int, length: int) -> torch.LongTensor:
         """`(rows, generated)` row of the running batch that wrote each id; -1 after the end of a beam."""
@@ -573,6 +635,7 @@ class LatentState:
             "latent_token_id": self.slot_id,
             "latent_start_token_id": self.start_id,
             "latent_end_token_id": self.end_id,
+            "latent_patch_token_id": self.patch_id,
         }
         mask = self.attention_mask
         if mask is not None:
@@ -589,5 +652,6 @@ class LatentState:
             topk_probs=join("probs", topk)[order] if topk else torch.zeros(len(index), 0, device=device),
             position_ids=positions,
             attention_mask=mask,
+            extras={name: packed[name][0][order] for name in ("patch_column",) if name in packed},
             info={"strategy": self.strategy.name, "options": values, **token_ids},
         )

@@ -238,7 +238,7 @@ class LatentStrategy:
             prompt it may extend `input_ids`, `attention_mask` and `mm_token_type_ids` by slots and set
             `latent_embeds` (a search over latents runs here too).
         prefill: for slots that depend on each other: `(model, stock_prefill, input_ids, generation_config,
-            model_kwargs, options, **stock_options) -> outputs` runs the prompt in segments over one cache;
+            model_kwargs, state, **stock_options) -> outputs` runs the prompt in segments over one cache;
             `stock_prefill(input_ids, generation_config, model_kwargs, **stock_options)` is the stock function.
     """
 
@@ -254,6 +254,11 @@ class LatentStrategy:
     reads_before: bool = False
     layout: Callable[..., dict[str, Any]] | None = None
     prefill: Callable[..., Any] | None = None
+
+    @property
+    def uses_latents(self) -> bool:
+        """Whether there are slots: in spans that open, or laid out in the prompt."""
+        return self.opens_span or self.prefill is not None
 
     def accepts(self, option: str) -> bool:
         """Whether an option has a meaning for this strategy."""

@@ -24,7 +24,7 @@ class LatentSpan:
         row: row of the batch.
         start: position of the start marker, -1 when the span has none.
         first: position of the first slot (with `length` 0: the position after the start marker).
-        length: number of slots.
+        length: number of slots, inserted image embeddings included.
         end: position of the end marker, -1 when there is none.
         reason: stop rule that closed it, `"open"` when decoding ended inside it.
     """
@@ -111,8 +111,11 @@ class LatentTrace:
 
     @property
     def num_latent_steps(self) -> torch.LongTensor:
-        """`(B,)` number of slots of each row, those of the prompt included."""
-        return torch.bincount(self.slot_index[:, 0], minlength=len(self))
+        """`(B,)` number of slots of each row, those of the prompt included; inserted image embeddings do not count."""
+        row, position = self.slot_index.unbind(1)
+        patch = self.info.get("latent_patch_token_id")
+        steps = row if patch is None else row[self.sequences[row, position] != patch]
+        return torch.bincount(steps, minlength=len(self))
 
     def row(self, index: int) -> "LatentTrace":
         """View of one sample with its left padding cut off; a trace with `B = 1`.

@@ -1,0 +1,269 @@
+"""Strategy `staged`: slots laid out behind the prompt, one a reasoning step, then text.
+
+IVT-LR (arXiv 2510.12603) lays out blocks of inserted image embeddings and a slot, Coconut (arXiv 2412.06769) slots
+between two markers. The slots are part of the returned sequences, so that every stock loop (cache, sampling, beams,
+streamers) goes on behind them; what they are fed is worked out by a plan (`latent_plan.py`) in place of the prefill.
+"""
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from .latent_blocks import PATCH_ORDERS, lay_out_blocks
+from .latent_plan import PATCH_IMAGES, LatentPlan, PlanStep
+from .latent_state import LatentState
+from .latent_strategies import (
+    LatentOption,
+    LatentOptions,
+    LatentStep,
+    LatentStrategy,
+    int_from,
+    is_bool,
+    one_of,
+    register_latent_option,
+    register_latent_strategy,
+)
+
+logger = logging.get_logger(__name__)
+
+for _option in (
+    LatentOption("num_latent_patches", None, int_from(0, "0 inserts none", optional=True),
+                 "image embeddings inserted at every slot; all that are left where an image has fewer"),
+    LatentOption("latent_patch_order", "score", one_of(*PATCH_ORDERS),
+                 "order of inserted embeddings: by score, or by column with the lowest score last (published)"),
+    LatentOption("latent_patch_images", "all", one_of(*PATCH_IMAGES), "images that are looked at"),
+    LatentOption("latent_vision_first", True, is_bool, "inserted embeddings stand before their slot"),
+    LatentOption("latent_markers", False, is_bool, "write the start and the end marker around the slots"),
+    LatentOption("stop_on_first_token", True, is_bool,
+                 "an end of turn right behind the slots ends the row; False: it does not, as published"),
+):  # fmt: skip
+    register_latent_option(_option)
+
+
+def lay_out(model: nn.Module, model_kwargs: dict, options: LatentOptions) -> dict:
+    """Extend the prompts by their blocks. A prompt that holds slots already keeps them; only the inserted embeddings
+    are added where it has none.
+
+    Raises:
+        ValueError: more slots than `max_latent_steps`, a row without image where embeddings are to be inserted, slots
+            in the prompt and `num_latent_steps`, or inputs without ids; names row or option and the remedy.
+    """
+    ids, values, config = model_kwargs.get("input_ids"), options.values, model.config
+    if ids is None or model_kwargs.get("position_ids") is not None:
+        raise ValueError(
+            f"latent_strategy={options.strategy.name!r} lays slots out behind input_ids; pass input_ids, and leave "
+            "inputs_embeds and position_ids out"
+        )
+    laid_out = bool((ids == config.latent_token_id).any())
+    if laid_out and "num_latent_steps" in options.given:
+        raise ValueError(
+            f"num_latent_steps={values.num_latent_steps!r}: the prompt holds slots (token id "
+            f"{config.latent_token_id}) already; leave num_latent_steps out, or the slots"
+        )
+    mask = _mask_of(model, ids, model_kwargs.get("attention_mask"))
+    steps = (
+        values.num_latent_steps if isinstance(values.num_latent_steps, list) else [values.num_latent_steps] * len(ids)
+    )
+    if len(steps) != len(ids):
+        raise ValueError(
+            f"num_latent_steps has {len(steps)} entries for {len(ids)} prompts; give one, or one per prompt"
+        )
+    caps = values.max_latent_steps if isinstance(values.max_latent_steps, list) else [values.max_latent_steps]
+    if not laid_out and max(steps) > max(caps):
+        raise ValueError(
+            f"num_latent_steps={max(steps)} is above the limit max_latent_steps={max(caps)}; lay out fewer slots, or "
+            "raise max_latent_steps"
+        )
+    rows = []
+    for row, (tokens, kept) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
+        tokens = [token for token, keep in zip(tokens, kept, strict=True) if keep]
+        images = _image_tokens(tokens, config, values)
+        if values.num_latent_patches and not images and (laid_out or steps[row]):
+            raise ValueError(
+                f"row {row} has no image, and num_latent_patches={values.num_latent_patches} image embeddings are to "
+                "be inserted at every slot; add the image, or pass num_latent_patches=0"
+            )
+        rows.append(_laid_out(tokens, steps[row], images, config, values, laid_out))
+    return {**model_kwargs, **_padded(rows, ids, mask, model_kwargs)}
+
+
+def _mask_of(model: nn.Module, ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mask of the prompts; where none is given, padding is what the stock `generate` takes for it."""
+    if mask is not None:
+        return mask
+    pad, eos = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
+
+
+def _image_tokens(tokens: list[int], config: nn.Module, values: object) -> int:
+    """Number of image tokens of a row that may be copied."""
+    image = getattr(config, "image_token_id", None)
+    is_image = [token == image for token in tokens]
+    if values.latent_patch_images == "all" or True not in is_image:
+        return sum(is_image)
+    last = len(is_image) - is_image[::-1].index(True)
+    first = last
+    while first and is_image[first - 1]:
+        first -= 1
+    return last - first
+
+
+def _laid_out(
+    tokens: list[int], steps: int, images: int, config: nn.Module, values: object, keeps_slots: bool
+) -> list[int]:
+    """The ids of one row with its blocks."""
+    slot, patch, wanted = config.latent_token_id, config.latent_patch_token_id, values.num_latent_patches or 0
+    if wanted and patch is None:
+        raise ValueError(
+            f"num_latent_patches={wanted}: the model has no token for inserted image embeddings "
+            "(latent_patch_token_id is null in config.json); make it for the method 'ivtlr', or pass 0"
+        )
+    count = tokens.count(slot) if keeps_slots else steps
+    if wanted * count > images and not (keeps_slots and patch in tokens):
+        logger.warning_once(
+            f"{count} slots with num_latent_patches={wanted} ask for {wanted * count} image embeddings, but a row has "
+            f"{images}: each is inserted once, and the last slots get fewer"
+        )
+    if keeps_slots:
+        if not wanted or patch in tokens:
+            return tokens
+        blocks = iter(
+            _split(lay_out_blocks(count, wanted, images, slot, patch, values.latent_vision_first), slot, values)
+        )
+        return [each for token in tokens for each in (next(blocks) if token == slot else [token])]
+    blocks = lay_out_blocks(steps, wanted, images, slot, patch, values.latent_vision_first)
+    if values.latent_markers:
+        blocks = [config.latent_start_token_id, *blocks, config.latent_end_token_id]
+    return tokens + blocks
+
+
+def _blocks(count: int, images: int, config: nn.Module, values: object) -> list[int]:
+    slot, patch = config.latent_token_id, config.latent_patch_token_id
+    return lay_out_blocks(count, values.num_latent_patches or 0, images, slot, patch, values.latent_vision_first)
+
+
+def _split(blocks: list[int], slot: int, values: object) -> list[list[int]]:
+    """The blocks one by one."""
+    parts: list[list[int]] = [[]]
+    for token in blocks:
+        if not values.latent_vision_first and token == slot and parts[-1]:
+            parts.append([])
+        parts[-1].append(token)
+        if values.latent_vision_first and token == slot:
+            parts.append([])
+    return [part for part in parts if part]
+
+
+def _padded(rows: list[list[int]], ids: torch.LongTensor, mask: torch.Tensor, model_kwargs: dict) -> dict:
+    """The rows padded on the left to one length."""
+    length = max(map(len, rows))
+    filler = ids[mask == 0]
+    pad = int(filler[0]) if len(filler) else 0
+    new = [[pad] * (length - len(row)) + row for row in rows]
+    new_mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    changed = {
+        "input_ids": torch.tensor(new, dtype=ids.dtype, device=ids.device),
+        "attention_mask": torch.tensor(new_mask, dtype=mask.dtype, device=mask.device),
+    }
+    types = model_kwargs.get("mm_token_type_ids")
+    if types is not None:  # of images and text in the prompt; slots and inserted embeddings count as text
+        kept = [row[keep.bool()].tolist() for row, keep in zip(types, mask, strict=True)]
+        of_token = {
+            token: kind
+            for row, row_ids, keep in zip(kept, ids, mask, strict=True)
+            for token, kind in zip(row_ids[keep.bool()].tolist(), row, strict=True)
+            if kind
+        }
+        changed["mm_token_type_ids"] = torch.tensor(
+            [[of_token.get(token, 0) for token in row] for row in new], dtype=types.dtype, device=types.device
+        )
+    return changed
+
+
+def prefill(
+    model: nn.Module,
+    stock_prefill: object,
+    input_ids: torch.LongTensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict,
+    state: LatentState,
+    **stock_options: object,
+) -> object:
+    """The stock prefill of the prompts with their blocks, run as a plan."""
+    values = state.options.values
+    plan = LatentPlan(
+        patch_order=values.latent_patch_order,
+        patch_images=values.latent_patch_images,
+        vision_first=values.latent_vision_first,
+        edit=_editor(model, input_ids, state) if values.latent_hook is not None or values.latent_noise > 0 else None,
+    )
+    chunk, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None  # the plan has its own
+    model_kwargs["latent_plan"], state.chunked = plan, False
+    try:
+        outputs = stock_prefill(input_ids, generation_config, model_kwargs, **stock_options)
+    finally:
+        generation_config.prefill_chunk_size = chunk
+        del model_kwargs["latent_plan"]
+    beams = generation_config.num_beams or 1
+    state.take_plan(outputs.plan_output, model.lm_head if state.keep_trace else None, input_ids, beams)
+    return outputs
+
+
+def _editor(model: nn.Module, input_ids: torch.LongTensor, state: LatentState) -> object:
+    """Noise, then the trace hook, on the slots of one step of the plan."""
+
+    def edit(step: PlanStep) -> torch.Tensor:
+        values, vectors = state.options.values, step.vectors
+        vectors = state.with_noise(vectors, step.active)
+        if values.latent_hook is None:
+            return vectors
+        scores = model.lm_head(vectors)
+        for position in sorted({each for each in step.position.tolist() if each >= 0}):
+            here = step.position == position
+            seen = LatentStep(
+                input_ids=input_ids[:, :position],
+                prompt_length=state.prompt_length,
+                is_open=here,
+                count=step.index,
+                span=torch.zeros_like(step.index),
+                said=scores.argmax(-1),
+                recent=input_ids[:, max(0, position - 2) : position],
+                scores=scores,
+                latent=vectors,
+                options=values,
+                config=model.config,
+                is_slot=here,
+            )
+            vectors = state.with_hook(seen, vectors)
+        return vectors
+
+    return edit
+
+
+register_latent_strategy(
+    LatentStrategy(
+        name="staged",
+        options=(
+            "num_latent_steps",
+            "max_latent_steps",
+            "num_latent_patches",
+            "latent_patch_order",
+            "latent_patch_images",
+            "latent_vision_first",
+            "latent_markers",
+            "stop_on_first_token",
+            "latent_ids",
+            "latent_topk",
+            "latent_hook",
+            "latent_noise",
+        ),
+        required=("num_latent_steps",),
+        opens_span=False,
+        layout=lay_out,
+        prefill=prefill,
+    )
+)
+
+__all__ = ["lay_out", "prefill"]
