@@ -35,6 +35,7 @@ SHARED = {
     "latent_tokens.py",
     "latent_trace.py",
     "processing_latent.py",
+    "processing_latent_images.py",
 }
 TRAVELLING = SHARED | {"modeling_latent_qwen2_5_vl.py"}
 REPOSITORY = "org/tiny-latent"
