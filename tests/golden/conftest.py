@@ -19,6 +19,8 @@ import pytest
 for _part in (
     *(f"laser_{name}" for name in ("batching", "data", "decoding", "losses")),
     "ivtlr_stages",
+    "ivtlr_naive",
+    "ivtlr_stock",
     "lvr_data",
     "lvr_decoding",
     "lvr_losses",
