@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
+from transformers import AutoConfig, ChameleonConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
+from transformers.configuration_utils import SubConfigSpec
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ ROPE_POSITIONS = ("mrope", "flat")
 _REQUIRED_TOKEN_FIELDS = ("latent_token_id", "latent_start_token_id", "latent_end_token_id")
 # The ids of a model; a processor has a property of each name.
 LATENT_TOKEN_FIELDS = (*_REQUIRED_TOKEN_FIELDS, "latent_patch_token_id", "latent_stop_token_id")
+_KEYS_OF_A_FOLDER = ("model_type", "architectures", "transformers_version", "auto_map")
 _LATENT_FIELDS = (
     *LATENT_TOKEN_FIELDS,
     "latent_method",
@@ -207,11 +209,12 @@ class LatentConfigMixin(PreTrainedConfig):
         rope_positions: of the families with rotary positions in three axes. `"mrope"`: as the stock model; `"flat"`:
             the plain index on all axes, image tokens included, as published IVT-LR weights were trained with.
 
-    Class attributes of a family: `model_type` (also the name of its file) and `model_class`, the name of the head
-    class in that file.
+    Class attributes of a family: `model_type` (also the name of its file), `model_class`, the name of the head class
+    in that file, and `processor_reference`, file and name of its processor.
     """
 
     model_class = None
+    processor_reference = "processing_latent.LatentProcessor"
 
     latent_token_id: int | None = None
     latent_start_token_id: int | None = None
@@ -252,12 +255,13 @@ class LatentConfigMixin(PreTrainedConfig):
         if self.model_class is None:
             return {}
         model = f"modeling_{self.model_type}.{self.model_class}"
+        family = self.model_class.removesuffix("ForConditionalGeneration")
         return {
-            "AutoConfig": "configuration_latent." + self.model_class.replace("ForConditionalGeneration", "Config"),
+            "AutoConfig": f"configuration_latent.{family}Config",
             "AutoModel": model,
             "AutoModelForImageTextToText": model,
             "AutoModelForCausalLM": model,
-            "AutoProcessor": "processing_latent.LatentProcessor",
+            "AutoProcessor": self.processor_reference,
         }
 
     @classmethod
@@ -275,18 +279,10 @@ class LatentConfigMixin(PreTrainedConfig):
         Raises:
             ValueError: when the stock configuration is of another family or a field is unknown.
         """
-        family = cls.model_type.removeprefix("latent_")
-        if stock_config.model_type not in (family, cls.model_type):
-            raise ValueError(
-                f"{cls.__name__} is built from a configuration with model_type {family!r}, got "
-                f"{stock_config.model_type!r}; use the latent class of that family"
-            )
+        values = cls._values_of_stock(stock_config)
         unknown = set(latent_fields) - set(_LATENT_FIELDS)
         if unknown:
             raise ValueError(f"unknown latent fields {sorted(unknown)}; known: {list(_LATENT_FIELDS)}")
-        values = stock_config.to_dict()
-        for key in ("model_type", "architectures", "transformers_version", "auto_map"):
-            values.pop(key, None)
         if method is not None:
             entry = get_latent_method(method)
             values.update(latent_method=entry.name, latent_head=entry.head, latent_generation=dict(entry.generation))
@@ -299,6 +295,17 @@ class LatentConfigMixin(PreTrainedConfig):
         if stock_config._attn_implementation is not None:
             config._attn_implementation = stock_config._attn_implementation
         return config
+
+    @classmethod
+    def _values_of_stock(cls, stock_config: PreTrainedConfig) -> dict[str, Any]:
+        """The fields that this class takes from a stock configuration of its family."""
+        family = cls.model_type.removeprefix("latent_")
+        if stock_config.model_type not in (family, cls.model_type):
+            raise ValueError(
+                f"{cls.__name__} is built from a configuration with model_type {family!r}, got "
+                f"{stock_config.model_type!r}; use the latent class of that family"
+            )
+        return {key: value for key, value in stock_config.to_dict().items() if key not in _KEYS_OF_A_FOLDER}
 
     def strategy_of_method(self, name: str) -> str:
         """Name in the table of strategies of what the published code of the model's method calls `name`."""
@@ -318,6 +325,46 @@ class LatentConfigMixin(PreTrainedConfig):
                 "is None in config.json); make a latent model with `convert_stock_checkpoint(folder, method=...)` "
                 "or pass latent_strategy='off'"
             )
+
+
+@strict
+class LatentCausalLMConfig(LatentConfigMixin):
+    """Any causal language model of the stock library with latent fields; its own configuration is `text_config`.
+
+    Args:
+        text_config: stock configuration (Llama, Qwen, GPT-2, ...), or its dictionary with `model_type`; default GPT-2.
+        bos_token_id, eos_token_id, pad_token_id: default those of `text_config`.
+        tie_word_embeddings: whether the LM head is the embedding matrix; default that of `text_config`.
+    """
+
+    model_type = "latent_causal_lm"
+    model_class = "LatentCausalLM"
+    processor_reference = "processing_latent_text.LatentTextProcessor"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2")}
+
+    text_config: dict | PreTrainedConfig | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self.text_config, name, None))
+        self.text_config.tie_word_embeddings = self.tie_word_embeddings
+
+    @classmethod
+    def _values_of_stock(cls, stock_config: PreTrainedConfig) -> dict[str, Any]:
+        if stock_config.model_type == cls.model_type:
+            return super()._values_of_stock(stock_config)
+        text = stock_config.to_dict()
+        # These say how a folder is read, so they stand at the top.
+        top = {key: text.pop(key) for key in ("dtype", "quantization_config") if text.get(key) is not None}
+        for key in (*_KEYS_OF_A_FOLDER, "_name_or_path"):
+            text.pop(key, None)
+        return {"text_config": {**text, "model_type": stock_config.model_type}, **top}
 
 
 @strict
@@ -344,9 +391,20 @@ class LatentQwen3VLConfig(LatentConfigMixin, Qwen3VLConfig):
     model_class = "LatentQwen3VLForConditionalGeneration"
 
 
+@strict
+class LatentChameleonConfig(LatentConfigMixin, ChameleonConfig):
+    """Chameleon with latent fields. Build it with [`LatentConfigMixin.from_stock`]."""
+
+    model_type = "latent_chameleon"
+    model_class = "LatentChameleonForConditionalGeneration"
+    processor_reference = "processing_latent_chameleon.LatentChameleonProcessor"
+
+
 __all__ = [
     "LATENT_METHODS",
     "LATENT_TOKEN_FIELDS",
+    "LatentCausalLMConfig",
+    "LatentChameleonConfig",
     "LatentConfigMixin",
     "LatentMethod",
     "LatentQwen2VLConfig",
