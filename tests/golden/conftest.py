@@ -20,6 +20,7 @@ for _part in (
     *(f"laser_{name}" for name in ("batching", "data", "decoding", "losses")),
     "ivtlr_stages",
     "ivtlr_naive",
+    "ivtlr_plan",
     "ivtlr_stock",
     "lvr_data",
     "lvr_decoding",
