@@ -29,9 +29,9 @@ class NaiveResult:
         slot_inputs: M vectors `[hidden]` in order; a slot in the very last position has one although it was never fed.
         said: M tokens, what each slot said.
         hidden: G vectors `[hidden]`, the last position after the final norm at each step.
-        logits: G vectors `[vocabulary]`, `lm_head` of `hidden`, before any processing.
+        logits: G vectors `[vocabulary]`, as the stock head makes them of `hidden`, before any processing.
         fed: G - 1 vectors `[hidden]`, the input of each generated position that was read by a later step.
-        positions: G - 1 tensors `[3]`, the rotary position (time, height, width) of each of those.
+        positions: G - 1 tensors, the position of each: `[3]` (time, height, width), or `[1]` where it is plain.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -77,7 +77,7 @@ def naive_generate(
     """Greedy decoding of one prompt `[1, length]`, recomputing everything at every step.
 
     Args:
-        model: a stock model of the Qwen-VL families, or a class with the same `.model` and `.lm_head`.
+        model: a stock model of the Qwen-VL families, of Chameleon, or a causal language model without images.
         strategy: `off` (no span opens), `fixed` (`num_latent_steps` slots after each start marker), `dynamic` and
             `mode_switch` (slots until the scores choose the end marker, the end is forced after `max(max_latent_steps,
             1)` of them), or `end_vector` (slots until the one fed last is near `stop_vector`, at most
@@ -108,7 +108,7 @@ def naive_generate(
         strategy, latent_ids, latent_budget, num_latent_steps, max_new_tokens, force_span, stop_vector is not None
     )
     force_span = (strategy == "dynamic") if force_span is None else force_span
-    prompt = _Prompt(model, input_ids, pixel_values, image_grid_thw)
+    prompt = _prompt(model, input_ids, pixel_values, image_grid_thw)
     sequence = input_ids[0].tolist()  # ids as they are written
     words = input_ids[0].tolist()  # the same with what the slots said
     vectors: dict[int, torch.Tensor] = {}  # position in the sequence -> slot vector
@@ -123,10 +123,10 @@ def naive_generate(
     result = NaiveResult()
 
     for step in count():
-        hidden = _read(model, prompt, sequence, vectors, result)
+        hidden = _read(prompt, sequence, vectors, result)
         if head is not None and reference and in_span:
             hidden = result.hidden[-1] = head(hidden)
-        token = _choose(model, hidden, sequence, script.get(step), process_scores, never_chosen, result)
+        token = _choose(prompt, hidden, sequence, script.get(step), process_scores, never_chosen, result)
         if step == 0 and force_span:
             token = start_id
         if answer_left:
@@ -179,59 +179,106 @@ def naive_generate(
 
 
 class _Prompt:
-    """The images of one prompt, encoded once, and where they stand in it."""
+    """One prompt of a text decoder with plain positions: its images, encoded once, and where they stand in it."""
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        image_grid_thw: torch.Tensor | None,
+        self, model: torch.nn.Module, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, grid: Any
     ) -> None:
         if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give one row, [1, length].")
-        if (input_ids == model.config.video_token_id).any():
-            raise ValueError("the prompt holds a video placeholder: the naive decoder reads images only.")
-        self.image_grid_thw = image_grid_thw
-        self.image_positions = (input_ids[0] == model.config.image_token_id).nonzero()[:, 0].tolist()
-        self.image_vectors = []
-        self.deep_features: dict[str, Any] = {}
-        if pixel_values is not None:
-            features = model.model.get_image_features(pixel_values, image_grid_thw)
-            for image in features.pooler_output:
-                self.image_vectors.extend(image)
-            # Qwen3-VL: further vectors of the images, one set a layer, that are added behind the first text layers.
-            if "deepstack_features" in features:
-                self.deep_features["deepstack_visual_embeds"] = [torch.cat(f) for f in features.deepstack_features]
+        self.model, self.grid = model, grid
+        image_id = getattr(model.config, "image_token_id", None)
+        self.image_positions = (input_ids[0] == image_id).nonzero()[:, 0].tolist() if image_id is not None else []
+        self.image_vectors = [] if pixel_values is None else self.encode(pixel_values)
         if len(self.image_vectors) != len(self.image_positions):
             raise ValueError(
                 f"the prompt has {len(self.image_positions)} image placeholders but the images give "
                 f"{len(self.image_vectors)} vectors."
             )
 
+    def encode(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """The vectors `[hidden]` of all image tokens."""
+        raise ValueError(f"{type(self.model).__name__} reads no images.")
 
-def _read(
-    model: torch.nn.Module,
-    prompt: _Prompt,
-    sequence: list[int],
-    vectors: dict[int, torch.Tensor],
-    result: NaiveResult,
-) -> torch.Tensor:
+    def positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[axes, 1, length]`."""
+        return torch.arange(ids.shape[1], device=ids.device)[None, None]
+
+    def decode(self, ids: torch.Tensor, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """States `[1, length, hidden]` after the final norm."""
+        output = self.model.base_model(inputs_embeds=embeds, position_ids=positions[0], use_cache=False)
+        return output.last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[vocabulary]`."""
+        return self.model.get_output_embeddings()(hidden)
+
+
+class _QwenPrompt(_Prompt):
+    """Qwen-VL families: rotary positions in three axes, deep-stack features."""
+
+    def __init__(self, model: torch.nn.Module, input_ids: torch.Tensor, *images: Any) -> None:
+        if (input_ids == model.config.video_token_id).any():
+            raise ValueError("the prompt holds a video placeholder: the naive decoder reads images only.")
+        self.deep_features: list[torch.Tensor] = []
+        super().__init__(model, input_ids, *images)
+
+    def encode(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        features = self.model.model.get_image_features(pixel_values, self.grid)
+        # Qwen3-VL: further vectors of the images, one set a layer, that are added behind the first text layers.
+        if "deepstack_features" in features:
+            self.deep_features = [torch.cat(layer) for layer in features.deepstack_features]
+        return [vector for image in features.pooler_output for vector in image]
+
+    def _is_image(self, ids: torch.Tensor) -> torch.Tensor:
+        image = torch.zeros_like(ids)  # 0 = text, and latents count as text
+        image[0, self.image_positions] = 1
+        return image
+
+    def positions(self, ids: torch.Tensor) -> torch.Tensor:
+        types = self._is_image(ids)
+        return self.model.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=self.grid)[0]
+
+    def decode(self, ids: torch.Tensor, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        deep: dict[str, Any] = {}
+        if self.deep_features:
+            deep = {"deepstack_visual_embeds": self.deep_features, "visual_pos_masks": self._is_image(ids) == 1}
+        decoder = self.model.model.language_model
+        return decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, **deep).last_hidden_state
+
+
+class _ChameleonPrompt(_Prompt):
+    """Chameleon: an image is a row of tokens, named by the VQ encoder, which the model never says itself."""
+
+    def encode(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        tokens = self.model.model.get_image_tokens(pixel_values)
+        return list(self.model.get_input_embeddings()(tokens.flatten()))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = super().logits(hidden)
+        names = self.model.config.vocabulary_map.items()
+        logits[[token for name, token in names if name.startswith("IMGIMG")]] = torch.finfo(logits.dtype).min
+        return logits
+
+
+_PROMPTS = {"qwen2_vl": _QwenPrompt, "qwen2_5_vl": _QwenPrompt, "qwen3_vl": _QwenPrompt, "chameleon": _ChameleonPrompt}
+
+
+def _prompt(model: torch.nn.Module, *inputs: Any) -> _Prompt:
+    return _PROMPTS.get(model.config.model_type.removeprefix("latent_"), _Prompt)(model, *inputs)
+
+
+def _read(prompt: _Prompt, sequence: list[int], vectors: dict[int, torch.Tensor], result: NaiveResult) -> torch.Tensor:
     """Run the language model over the whole sequence; return the last state after the final norm."""
-    ids = torch.tensor([sequence], device=model.lm_head.weight.device)
-    embeds = model.get_input_embeddings()(ids)
-    token_types = torch.zeros_like(ids)  # 0 = text, and latents count as text
+    embedding = prompt.model.get_input_embeddings()
+    ids = torch.tensor([sequence], device=embedding.weight.device)
+    embeds = embedding(ids)
     for position, vector in zip(prompt.image_positions, prompt.image_vectors, strict=True):
         embeds[0, position] = vector
-        token_types[0, position] = 1
     for position, vector in vectors.items():
         embeds[0, position] = vector
-    positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=token_types, image_grid_thw=prompt.image_grid_thw)
-    deep = dict(prompt.deep_features)
-    if deep:
-        deep["visual_pos_masks"] = token_types == 1
-    output = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False, **deep)
-    hidden = output.last_hidden_state[0, -1]
+    positions = prompt.positions(ids)
+    hidden = prompt.decode(ids, embeds, positions)[0, -1]
     if result.ids:  # the last position is a generated one
         result.fed.append(embeds[0, -1])
         result.positions.append(positions[:, 0, -1])
@@ -240,7 +287,7 @@ def _read(
 
 
 def _choose(
-    model: torch.nn.Module,
+    prompt: _Prompt,
     hidden: torch.Tensor,
     sequence: list[int],
     scripted: int | None,
@@ -249,7 +296,7 @@ def _choose(
     result: NaiveResult,
 ) -> int:
     """The token with the highest processed score."""
-    logits = model.lm_head(hidden)
+    logits = prompt.logits(hidden)
     result.logits.append(logits)
     scores = logits.float().clone()
     if process_scores is not None:
