@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from .generated import generated_numbers
 from .maze_generation import HOLE_PROBABILITY, SIZES, MazeGenerator, split_of
 from .maze_planning import (
     MOVE_WORDS,
@@ -225,26 +226,9 @@ def maze_stream(
     Raises:
         ValueError: an option out of its range.
     """
-    from datasets import IterableDataset
-
-    if num is not None and num < 1:
-        raise ValueError(f"num is {num}; ask for at least one maze, or None for no end")
-    if num_shards < 1 or (num is not None and num_shards > num):
-        raise ValueError(f"num_shards is {num_shards} for {num or 'endless'} mazes; use 1 up to the number of mazes")
     make_row = _GeneratedRow(MazeGenerator(seed, split, sizes, hole_probability, min_moves, exclude), record_options)
     make_row({"index": 0})  # refuses wrong options here, not in a worker
-    numbers = IterableDataset.from_generator(
-        _maze_numbers, gen_kwargs={"shards": list(range(num_shards)), "num_shards": num_shards, "num": num}
-    )
-    return numbers.map(make_row, remove_columns=["index"], features=record_features())
-
-
-def _maze_numbers(shards: list[int], num_shards: int, num: int | None) -> Iterator[dict[str, int]]:
-    for shard in shards:
-        index = shard
-        while num is None or index < num:
-            yield {"index": index}
-            index += num_shards
+    return generated_numbers(num, num_shards).map(make_row, remove_columns=["index"], features=record_features())
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ Papers: "Reasoning in the Dark: Interleaved Vision-Text Reasoning in Latent Spac
 | `coconut` | the text, NL; with the special tokens that the tokenizer adds | `### ` | none |
 | `plain` | chat template; images, then the text | as `ivtlr-qwen` | none |
 
-Both IVT-LR formats serve M3CoT (the answer is a letter) and ScienceQA (the answer is the index as a digit). Behind every
-step stands NL, behind every answer the end token.
+Both IVT-LR formats serve M3CoT (the answer is a letter) and ScienceQA (the answer is the index as a digit). Behind
+every step stands NL, behind every answer the end token.
 """
 
 import string

@@ -2,7 +2,7 @@
 
 Papers: "Reasoning in the Dark: Interleaved Vision-Text Reasoning in Latent Space", arXiv 2510.12603 (IVT-LR; card 2.2,
 2.3), and "Training Large Language Models to Reason in a Continuous Latent Space", arXiv 2412.06769 (Coconut; card
-11.2). How the texts read is in `staged_formats.py`. Pieces are encoded one by one and joined with nothing between them.
+11.2). How the texts read is in `staged_formats.py`. Pieces are encoded one by one; nothing stands between them.
 """
 
 from collections.abc import Sequence

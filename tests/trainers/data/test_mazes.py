@@ -321,8 +321,8 @@ def test_loader_workers_share_the_mazes_out() -> None:
     ("options", "error", "message"),
     [
         ({"num": 0}, ValueError, "num is 0"),
-        ({"num": 3, "num_shards": 4}, ValueError, "num_shards is 4 for 3 mazes"),
-        ({"num_shards": 0}, ValueError, "num_shards is 0 for endless mazes"),
+        ({"num": 3, "num_shards": 4}, ValueError, "num_shards is 4 for 3 examples"),
+        ({"num_shards": 0}, ValueError, "num_shards is 0 for endless examples"),
         ({"attention": "soft"}, ValueError, "attention is 'soft'"),
         ({"cell_pixel": 28}, TypeError, "cell_pixel"),
     ],
