@@ -25,11 +25,15 @@ class LatentHeadClassMixin(LatentGenerationMixin, LatentHeadMixin):
         """The LM head of the stock class, and the latent head and the vector that ends a span, if the configuration
         names them; initialises weights."""
         text = config.get_text_config()
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = self.build_lm_head(text.hidden_size, text.vocab_size)
         self.latent_head = build_latent_head(config)
         self.latent_stop_vector = LatentStopVector(text.hidden_size) if config.latent_stop_vector else None
         self.head_at_slots = self.latent_head is not None and config.latent_head_timing == "reference"
         self.post_init()
+
+    def build_lm_head(self, hidden_size: int, vocab_size: int) -> nn.Linear:
+        """The LM head of the stock class."""
+        return nn.Linear(hidden_size, vocab_size, bias=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
