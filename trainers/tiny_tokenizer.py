@@ -4,7 +4,8 @@ tokens of the Qwen-VL families.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tokenizers import (
     AddedToken,
@@ -46,12 +47,17 @@ TINY_TEXTS = (
 
 
 def build_tiny_tokenizer(
-    texts: Iterable[str], vocab_size: int = 512, words: Sequence[str] = (), added_tokens: Sequence[str] = ()
+    texts: Iterable[str],
+    vocab_size: int = 512,
+    words: Sequence[str] = (),
+    added_tokens: Sequence[str] = (),
+    special_tokens: Sequence[str] = QWEN_SPECIAL_TOKENS,
+    named_tokens: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on some lines, with the special tokens of Qwen2.5 at the end of the vocabulary.
 
-    Padding token `<|endoftext|>`, end token `<|im_end|>`, no beginning token. `len(tokenizer) <= vocab_size`; it is
-    less when the lines offer fewer pairs to merge.
+    Padding token `<|endoftext|>`, end token `<|im_end|>`, no beginning token, unless others are named.
+    `len(tokenizer) <= vocab_size`; it is less when the lines offer fewer pairs to merge.
 
     Args:
         texts: training lines; special tokens in them are left out.
@@ -61,6 +67,9 @@ def build_tiny_tokenizer(
             appended to the merges: the result is an ordinary BPE.
         added_tokens: tokens that come behind the special ones, on top of `vocab_size`, without being special
             (`QWEN3_ADDED_TOKENS`).
+        special_tokens: special tokens in the order of their ids.
+        named_tokens: arguments of the tokenizer, e.g. `{"eos_token": "</s>", "pad_token": "<pad>"}`. A `bos_token` is
+            written before every text.
 
     Raises:
         ValueError: for a string instead of lines, a vocabulary that is too small, or an impossible word.
@@ -68,32 +77,36 @@ def build_tiny_tokenizer(
     if isinstance(texts, str):
         raise ValueError("texts must be several lines, e.g. a list of strings; got one string")
     for word in words:
-        if not isinstance(word, str) or not word or re.search(r"\s", word) or word in QWEN_SPECIAL_TOKENS:
+        if not isinstance(word, str) or not word or re.search(r"\s", word) or word in special_tokens:
             raise ValueError(f"words may hold strings without white space that are no special token, got {word!r}")
-    room = vocab_size - len(QWEN_SPECIAL_TOKENS)
+    room = vocab_size - len(special_tokens)
     if room < 256:
-        raise ValueError(f"vocab_size must be at least {256 + len(QWEN_SPECIAL_TOKENS)}, got {vocab_size}")
+        raise ValueError(f"vocab_size must be at least {256 + len(special_tokens)}, got {vocab_size}")
     trained = _empty_backend(models.BPE(), words)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
-    special = re.compile("|".join(map(re.escape, QWEN_SPECIAL_TOKENS)))
+    special = re.compile("|".join(map(re.escape, special_tokens)))
     trained.train_from_iterator((piece for text in texts for piece in special.split(text)), trainer)
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    vocabulary, merges = _with_words(alphabet, merges, words, room)
+    vocabulary, merges = _with_words(alphabet, merges, words, room, len(special_tokens))
 
     backend = _empty_backend(models.BPE(vocab=vocabulary, merges=merges), words)
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL_TOKENS])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in added_tokens])
+    names = dict({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} if named_tokens is None else named_tokens)
+    if "bos_token" in names:
+        first = names["bos_token"]
+        begin = processors.TemplateProcessing(f"{first} $A", special_tokens=[(first, backend.token_to_id(first))])
+        backend.post_processor = processors.Sequence([backend.post_processor, begin])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        **names,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         model_max_length=131072,
     )
     for form in (form for word in words for form in (word, f" {word}")):
-        tokens = tokenizer.tokenize(form)
+        tokens = tokenizer.tokenize(form, add_special_tokens=False)
         if len(tokens) != 1:
             raise ValueError(f"{form!r} cannot be one token here, it becomes {tokens}; spell the word otherwise")
     return tokenizer
@@ -117,7 +130,7 @@ def _empty_backend(model: models.BPE, words: Sequence[str]) -> Tokenizer:
 
 
 def _with_words(
-    alphabet: list[str], merges: list[tuple[str, str]], words: Sequence[str], room: int
+    alphabet: list[str], merges: list[tuple[str, str]], words: Sequence[str], room: int, num_special: int
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges with every word as one entry, in at most `room` entries.
 
@@ -141,8 +154,8 @@ def _with_words(
         if len(entries) <= room:
             return {entry: index for index, entry in enumerate(entries)}, all_merges
         if kept == 0:
-            needed = len(entries) + len(QWEN_SPECIAL_TOKENS)
-            raise ValueError(f"{len(words)} words need vocab_size >= {needed}, got {room + len(QWEN_SPECIAL_TOKENS)}")
+            needed = len(entries) + num_special
+            raise ValueError(f"{len(words)} words need vocab_size >= {needed}, got {room + num_special}")
         kept = max(0, kept - (len(entries) - room))
 
 
