@@ -1,6 +1,6 @@
 """The vectors of IVT-LR through latent plans and the strategy `staged`: Qwen2-VL and Chameleon.
 
-A set of the reference has slots only; here each gets its block of inserted image embeddings, so the columns are those of
+A set of the reference has slots only; here each gets its block of inserted image embeddings, so columns are those of
 the final sequence. No case writes a start marker, whose id stands for the inserted embeddings.
 """
 
