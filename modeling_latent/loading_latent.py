@@ -65,7 +65,7 @@ def load_latent_model(
         return _load_whole(name, method, None, revision, **options)
     model, processor = _load_base(name, revision, settings, method, base_model, **options)
     if weights and adapter != "skip":
-        _attach(model, name, revision)
+        attach_adapter(model, name, revision)
     if weights and adapter == "merge":
         merge_adapter(model)
     return model, processor
@@ -169,7 +169,7 @@ def _fields_of_base(
             f"{name} was trained with {lost}, which neither it nor its base {base} holds; train the adapter with "
             f"modules_to_save={lost}, or save the base with these parts first"
         )
-    parts += ["patch_embed_fp32"] + (["latent_head_timing", "latent_head_size"] if parts else [])
+    parts += ["patch_embed_fp32", "rope_positions"] + (["latent_head_timing", "latent_head_size"] if parts else [])
     return {field: getattr(saved, field) for field in parts if hasattr(saved, field)}
 
 
@@ -192,7 +192,7 @@ def _check_rows(name: str, base: str, revision: str | None, settings: dict[str, 
         )
 
 
-def _attach(model: PreTrainedModel, name: str, revision: str | None) -> None:
+def attach_adapter(model: PreTrainedModel, name: str, revision: str | None) -> None:
     """Put an adapter on its base with transformers' own loader.
 
     Raises:
@@ -243,4 +243,4 @@ def merge_adapter(model: PreTrainedModel) -> None:
     del model.peft_config
 
 
-__all__ = ["adapter_settings", "load_latent_model", "merge_adapter"]
+__all__ = ["adapter_settings", "attach_adapter", "load_latent_model", "merge_adapter"]
