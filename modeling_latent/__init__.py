@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .configuration_latent import (
     LATENT_METHODS,
+    LatentChameleonConfig,
     LatentConfigMixin,
     LatentMethod,
     LatentQwen2_5_VLConfig,
@@ -15,7 +16,12 @@ from .configuration_latent import (
     get_latent_method,
     register_latent_method,
 )
-from .conversion_latent import LATENT_CLASSES, convert_stock_checkpoint
+from .conversion_latent import (
+    LATENT_CLASSES,
+    LATENT_PROCESSORS,
+    convert_stock_checkpoint,
+    latent_processor_class,
+)
 from .generation_latent import LatentGenerationMixin, saved_generation_config
 from .latent_attention import capture_attention_rows
 from .latent_heads import LATENT_HEADS, register_latent_head
@@ -33,28 +39,36 @@ from .latent_strategies import (
 )
 from .latent_trace import LatentSpan, LatentTrace
 from .loading_latent import load_latent_model
+from .modeling_latent_chameleon import LatentChameleonForConditionalGeneration, LatentChameleonModel
 from .modeling_latent_qwen2_5_vl import LatentQwen2_5_VLForConditionalGeneration, LatentQwen2_5_VLModel
 from .modeling_latent_qwen2_vl import LatentQwen2VLForConditionalGeneration, LatentQwen2VLModel
 from .modeling_latent_qwen3_vl import LatentQwen3VLForConditionalGeneration, LatentQwen3VLModel
 from .processing_latent import LatentProcessor
+from .processing_latent_chameleon import LatentChameleonProcessor
 
 for _config, _model in LATENT_CLASSES.values():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForImageTextToText.register(_config, _model, exist_ok=True)
-    AutoProcessor.register(_config, LatentProcessor, exist_ok=True)
+    AutoProcessor.register(_config, latent_processor_class(_config.model_type), exist_ok=True)
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModelForImageTextToText")
-LatentProcessor.register_for_auto_class()
+for _processor in {LatentProcessor, *LATENT_PROCESSORS.values()}:
+    _processor.register_for_auto_class()
 
 __all__ = [
     "LATENT_CLASSES",
     "LATENT_HEADS",
     "LATENT_METHODS",
     "LATENT_OPTIONS",
+    "LATENT_PROCESSORS",
     "LATENT_STRATEGIES",
     "STOP_RULES",
     "LatentCausalLMOutputWithPast",
+    "LatentChameleonConfig",
+    "LatentChameleonForConditionalGeneration",
+    "LatentChameleonModel",
+    "LatentChameleonProcessor",
     "LatentConfigMixin",
     "LatentGenerationMixin",
     "LatentMethod",
@@ -76,6 +90,7 @@ __all__ = [
     "capture_attention_rows",
     "convert_stock_checkpoint",
     "get_latent_method",
+    "latent_processor_class",
     "latent_positions",
     "load_latent_model",
     "register_latent_head",

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from .configuration_latent import (
     LATENT_TOKEN_FIELDS,
+    LatentChameleonConfig,
     LatentQwen2_5_VLConfig,
     LatentQwen2VLConfig,
     LatentQwen3VLConfig,
@@ -16,16 +17,21 @@ from .configuration_latent import (
     published_method,
 )
 from .generation_latent import saved_generation_config
+from .modeling_latent_chameleon import LatentChameleonForConditionalGeneration
 from .modeling_latent_qwen2_5_vl import LatentQwen2_5_VLForConditionalGeneration
 from .modeling_latent_qwen2_vl import LatentQwen2VLForConditionalGeneration
 from .modeling_latent_qwen3_vl import LatentQwen3VLForConditionalGeneration
 from .processing_latent import LatentProcessor
+from .processing_latent_chameleon import LatentChameleonProcessor
 
 LATENT_CLASSES: dict[str, tuple[type, type[PreTrainedModel]]] = {
     "qwen2_vl": (LatentQwen2VLConfig, LatentQwen2VLForConditionalGeneration),
     "qwen2_5_vl": (LatentQwen2_5_VLConfig, LatentQwen2_5_VLForConditionalGeneration),
     "qwen3_vl": (LatentQwen3VLConfig, LatentQwen3VLForConditionalGeneration),
+    "chameleon": (LatentChameleonConfig, LatentChameleonForConditionalGeneration),
 }
+# Families with a processor of their own.
+LATENT_PROCESSORS: dict[str, type[ProcessorMixin]] = {"chameleon": LatentChameleonProcessor}
 
 
 def latent_classes(model_type: str, source: str) -> tuple[type, type[PreTrainedModel]]:
@@ -42,15 +48,20 @@ def latent_classes(model_type: str, source: str) -> tuple[type, type[PreTrainedM
     return LATENT_CLASSES[model_type]
 
 
+def latent_processor_class(model_type: str) -> type[ProcessorMixin]:
+    """Processor class of a family, by the stock or the latent `model_type`."""
+    return LATENT_PROCESSORS.get(model_type.removeprefix("latent_"), LatentProcessor)
+
+
 def convert_stock_checkpoint(
     name_or_path: str | Path,
     method: str | None = None,
-    processor: LatentProcessor | None = None,
+    processor: ProcessorMixin | None = None,
     revision: str | None = None,
     weights: bool = True,
     latent_fields: dict[str, Any] | None = None,
     **model_kwargs: Any,
-) -> tuple[PreTrainedModel, LatentProcessor]:
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a stock checkpoint as a latent model with the method's marker tokens.
 
     A folder written by the published code of a method (LVR: `lvr_*` keys in `config.json`) becomes a model of that
@@ -93,7 +104,7 @@ def convert_stock_checkpoint(
         )
     config_class, model_class = latent_classes(stock_config.model_type, str(name_or_path))
     if processor is None:
-        processor = LatentProcessor.from_pretrained(
+        processor = latent_processor_class(stock_config.model_type).from_pretrained(
             name_or_path, revision=revision or "main", latent_tokens=entry.tokens
         )
     config = config_class.from_stock(

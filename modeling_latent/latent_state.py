@@ -628,8 +628,8 @@ class LatentState:
         prompts = torch.arange(len(sequences), device=device) // (len(sequences) // self.num_prompts)
         positions = self.position_ids if self.prompt_length > 0 else None
         if positions is not None:  # under beam search the running rows are not the returned ones; a prompt's are equal
-            rows = prompts * (positions.shape[1] // self.num_prompts)
-            positions = positions[:, rows.to(positions.device), : sequences.shape[1]]
+            rows = prompts * (positions.shape[-2] // self.num_prompts)
+            positions = positions[..., rows.to(positions.device), : sequences.shape[1]]
         values = {name: value for name, value in vars(self.options.values).items() if LATENT_OPTIONS[name].saved}
         token_ids = {
             "latent_token_id": self.slot_id,

@@ -55,7 +55,8 @@ class LatentTrace:
             of the prompt.
         topk_probs: `(N, k)` their probabilities (softmax of the raw logits).
         spans: table of spans.
-        position_ids: `(C, B, T)` positions as fed; the last three channels are temporal, height and width for mrope.
+        position_ids: `(C, B, T)` positions as fed, the last three channels temporal, height and width for mrope, or
+            `(B, T)` where a family has plain positions.
         attention_mask: `(B, prompt_length)` of the prompt, `None` when there was no padding.
         extras: further tensors with one row per slot that a strategy recorded, e.g. chosen patches.
         info: strategy, options and token ids of the call.
@@ -141,7 +142,7 @@ class LatentTrace:
             sequences=self.sequences[index : index + 1, pad:],
             prompt_length=self.prompt_length - pad,
             spans=spans,
-            position_ids=None if self.position_ids is None else self.position_ids[:, index : index + 1, pad:],
+            position_ids=None if self.position_ids is None else self.position_ids[..., index : index + 1, pad:],
             attention_mask=None,
             extras={name: value[keep] for name, value in self.extras.items()},
         )

@@ -11,12 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.utils import cached_file, find_adapter_config_file
 
 from .configuration_latent import LATENT_TOKEN_FIELDS, published_method
-from .conversion_latent import build_without_weights, convert_stock_checkpoint, latent_classes
-from .processing_latent import LatentProcessor
+from .conversion_latent import (
+    build_without_weights,
+    convert_stock_checkpoint,
+    latent_classes,
+    latent_processor_class,
+)
 
 ADAPTER_MODES = ("attach", "merge", "skip")
 
@@ -31,7 +41,7 @@ def load_latent_model(
     weights: bool = True,
     trust_remote_code: bool = False,
     **model_kwargs: Any,
-) -> tuple[PreTrainedModel, LatentProcessor]:
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a model that reasons in latents, with its processor.
 
     Args:
@@ -80,13 +90,13 @@ def adapter_settings(name_or_path: str | Path, revision: str | None = None) -> d
 def _load_whole(
     name: str,
     method: str | None,
-    processor: LatentProcessor | None,
+    processor: ProcessorMixin | None,
     revision: str | None,
     *,
     weights: bool,
     trust_remote_code: bool,
     **model_kwargs: Any,
-) -> tuple[PreTrainedModel, LatentProcessor]:
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A latent checkpoint as it is, a stock one with latent tokens added."""
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name} has no config.json; give a folder written by save_pretrained")
@@ -107,7 +117,7 @@ def _load_whole(
             f"{name} is a latent model already; latent_fields are for a stock checkpoint, change config.json instead"
         )
     if processor is None:
-        processor = LatentProcessor.from_pretrained(name, revision=revision or "main")
+        processor = latent_processor_class(config.model_type).from_pretrained(name, revision=revision or "main")
     if weights:
         return AutoModelForImageTextToText.from_pretrained(name, **code, **model_kwargs), processor
     model_class = latent_classes(config.model_type.removeprefix("latent_"), name)[1]
@@ -121,7 +131,7 @@ def _load_base(
     method: str | None,
     base_model: str | Path | None,
     **options: Any,
-) -> tuple[PreTrainedModel, LatentProcessor]:
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The base of an adapter as a latent model, with the processor, tokens and decoding defaults of the adapter."""
     base = str(base_model or settings.get("base_model_name_or_path") or "")
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
@@ -133,7 +143,8 @@ def _load_base(
     saved = _saved_config(name, revision)
     method = getattr(saved, "latent_method", None) or method
     base_revision = settings.get("revision") if base_model is None else None
-    processor = LatentProcessor.from_pretrained(name, revision=revision or "main")
+    family = AutoConfig.from_pretrained(base, revision=base_revision or "main").model_type
+    processor = latent_processor_class(family).from_pretrained(name, revision=revision or "main")
     fields = _fields_of_base(name, saved, settings, base, base_revision)
     model, processor = _load_whole(base, method, processor, base_revision, latent_fields=fields, **options)
     for field in LATENT_TOKEN_FIELDS:
