@@ -61,17 +61,17 @@ class Blocks:
     count: torch.LongTensor
 
 
-def find_blocks(
-    input_ids: torch.LongTensor, slot_id: int, patch_id: int | None = None, vision_first: bool = True
-) -> Blocks:
+def find_blocks(slots: torch.BoolTensor, patches: torch.BoolTensor, vision_first: bool = True) -> Blocks:
     """The blocks of a batch.
+
+    Args:
+        slots, patches: `(B, T)` where slots are, and inserted image embeddings.
+        vision_first: the embeddings stand before the slot of their block, else behind it.
 
     Raises:
         ValueError: an inserted embedding without its slot, or a row that begins with a block; names row and position.
     """
-    ids = input_ids.cpu()
-    slot, length = ids == slot_id, ids.shape[1]
-    patch = ids == patch_id if patch_id is not None else torch.zeros_like(slot)
+    slot, patch, length = slots.cpu(), patches.cpu(), slots.shape[1]
     if not vision_first:
         slot, patch = slot.flip(1), patch.flip(1)
     before = pad(patch[:, :-1], (1, 0))
@@ -82,7 +82,7 @@ def find_blocks(
         position = position if vision_first else length - 1 - position
         side = "before" if vision_first else "behind"
         raise ValueError(
-            f"row {row}, position {position}: an inserted image embedding (token id {patch_id}) does not stand {side} "
+            f"row {row}, position {position}: an inserted image embedding does not stand {side} "
             "a slot; lay out blocks of inserted embeddings and one slot"
         )
     row, near = starts.nonzero(as_tuple=True)

@@ -30,8 +30,8 @@ PATCH_IMAGES = ("all", "last")
 
 @dataclass(frozen=True)
 class LatentPlan:
-    """How the slots of a batch are run. Where they are is read from the ids: a block is `k` inserted image embeddings
-    (`config.latent_patch_token_id`) and a slot (`config.latent_token_id`), or the slot alone.
+    """How the slots of a batch are run. Where they are is read from the ids, unless a mask says it: a block is `k`
+    inserted image embeddings (`config.latent_patch_token_id`) and a slot (`config.latent_token_id`), or a slot alone.
 
     Args:
         gradient: `"detach"` (published IVT-LR): the slots are worked out without a graph, then one differentiable pass
@@ -41,6 +41,8 @@ class LatentPlan:
         patch_images: `"all"` images of a row are looked at, or, as published for Qwen2-VL, the `"last"`.
         vision_first: the embeddings stand before the slot of their block (published), else behind it (paper).
         sync: run as many segments as the process with the most; sharded parameters need it.
+        slots: `(B, T)` bool, where the slots are; default: where the ids say so. Other latents may be given as
+            `latent_embeds` and `latent_mask` then.
         step: from hidden states `(B, H)` to the vectors that are fed, e.g. `model.latent_step`; default: as they are.
         forced_patches: `(B, T)` column of the image token that each inserted embedding copies, -1 elsewhere; replaces
             the choice.
@@ -52,6 +54,7 @@ class LatentPlan:
     patch_images: str = "all"
     vision_first: bool = True
     sync: bool = False
+    slots: torch.BoolTensor | None = field(default=None, compare=False)
     step: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, compare=False)
     forced_patches: torch.LongTensor | None = field(default=None, compare=False)
     edit: Callable[["PlanStep"], torch.Tensor | None] | None = field(default=None, compare=False)
@@ -165,17 +168,33 @@ def run_plan(backbone: nn.Module, plan: LatentPlan, inputs: dict[str, Any]) -> L
     return chain.full_pass()
 
 
+def plan_latents(backbone: nn.Module, plan: LatentPlan, inputs: dict[str, Any]) -> torch.Tensor:
+    """What the slots of a batch are fed, `(B, T, H)`, zero elsewhere, without a pass over what follows the last one.
+
+    Gradients go through every slot where they are on; the arguments are those of [`run_plan`].
+    """
+    chain = _Chain(backbone, plan, inputs)
+    with _without_checkpointing(backbone):
+        chain.run_slots()
+    return chain.aligned.undo(chain.latents, chain.ids.shape[1])
+
+
 class _Chain:
     """One batch on its way through the segments. Columns are those of the aligned rows unless said otherwise."""
 
     def __init__(self, backbone: nn.Module, plan: LatentPlan, inputs: dict[str, Any]) -> None:
         self.backbone, self.plan, self.inputs = backbone, plan, dict(inputs)
         self.ids = self.inputs.pop("input_ids", None)
-        _check_inputs(self.ids, self.inputs)
+        _check_inputs(self.ids, self.inputs, plan)
         config = backbone.config
-        self.blocks = find_blocks(
-            self.ids, config.latent_token_id, config.latent_patch_token_id, vision_first=plan.vision_first
-        )
+        slots = self.ids == config.latent_token_id if plan.slots is None else plan.slots
+        patches = latent_positions(self.ids, (config.latent_patch_token_id,))
+        self.blocks = find_blocks(slots, patches, plan.vision_first)
+        self.latent_mask, self.given = slots | patches, self.inputs.pop("latent_embeds", None)
+        given_mask = self.inputs.pop("latent_mask", None)
+        if self.given is not None:
+            self.given = torch.where((given_mask & ~self.latent_mask).unsqueeze(-1), self.given, 0)
+            self.latent_mask = self.latent_mask | given_mask
         mask, self.cache = self.inputs.pop("attention_mask", None), self.inputs.pop("past_key_values", None)
         self.mask = torch.ones_like(self.ids) if mask is None else mask
         self.use_cache = bool(self.inputs.pop("use_cache", False))
@@ -187,7 +206,6 @@ class _Chain:
         for name in ("pixel_values", "mm_encoder_outputs", "mm_token_type_ids", "image_grid_thw"):
             self.inputs.pop(name, None)
         self.rows = None if self.encoded is None else backbone.image_rows(self.encoded)
-        self.latent_mask = latent_positions(self.ids, (config.latent_token_id, config.latent_patch_token_id))
         self._find_images()
         self._align()
 
@@ -241,6 +259,8 @@ class _Chain:
         self.aligned_positions = aligned(positions.reshape(-1, length)).view(*channels, batch, width)
         size = self.backbone.config.get_text_config().hidden_size
         self.latents = torch.zeros(batch, width, size, dtype=self.backbone.dtype, device=self.ids.device)
+        if self.given is not None:
+            self.latents = aligned(self.given.to(self.latents.dtype))
         self.fed, self.columns = aligned(self.latent_mask), torch.full_like(self.aligned_ids, -1)
         self.scores: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
@@ -414,13 +434,13 @@ class _Chain:
         )
 
 
-def _check_inputs(ids: torch.LongTensor | None, inputs: dict[str, Any]) -> None:
+def _check_inputs(ids: torch.LongTensor | None, inputs: dict[str, Any], plan: LatentPlan) -> None:
     if ids is None or inputs.get("inputs_embeds") is not None:
         raise ValueError("a latent plan reads the slots from input_ids; pass input_ids, and no inputs_embeds")
-    if inputs.get("latent_embeds") is not None:
+    if inputs.get("latent_embeds") is not None and (plan.slots is None or inputs.get("latent_mask") is None):
         raise ValueError(
             "latent_plan works the latents out and latent_embeds gives them; pass one of the two (for a decoded "
-            "sequence: latent_embeds)"
+            "sequence: latent_embeds), or say with LatentPlan(slots=...) and latent_mask which are which"
         )
     cache = inputs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
@@ -430,7 +450,7 @@ def _check_inputs(ids: torch.LongTensor | None, inputs: dict[str, Any]) -> None:
         )
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("a latent plan reads images, not videos; leave pixel_values_videos out")
-    for name in ("inputs_embeds", "latent_embeds", "latent_mask", "pixel_values_videos", "video_grid_thw"):
+    for name in ("inputs_embeds", "pixel_values_videos", "video_grid_thw"):
         inputs.pop(name, None)
     mask = inputs.get("attention_mask")
     if mask is not None and (mask.dim() != 2 or mask.shape != ids.shape):
@@ -460,4 +480,4 @@ def _without_checkpointing(backbone: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
-__all__ = ["LatentPlan", "LatentPlanMixin", "LatentPlanOutput", "PlanStep", "run_plan"]
+__all__ = ["LatentPlan", "LatentPlanMixin", "LatentPlanOutput", "PlanStep", "plan_latents", "run_plan"]

@@ -85,6 +85,7 @@ class LatentQwenVLModelMixin(LatentPlanMixin, LatentInputsMixin):
                 "mm_token_type_ids": mm_token_type_ids,
                 "mm_encoder_outputs": mm_encoder_outputs,
                 "latent_embeds": latent_embeds,
+                "latent_mask": latent_mask,
             }
             return run_plan(self, latent_plan, {**given, **kwargs})
         embeds = self.embed_with_latents(input_ids, inputs_embeds, latent_embeds, latent_mask)
