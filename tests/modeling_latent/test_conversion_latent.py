@@ -256,7 +256,7 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     shape: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, num_attention_heads=1, **shape))
     llama.save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match=r"llama is a 'llama' checkpoint; latent classes exist for \['qwen2_5_vl', "):
+    with pytest.raises(ValueError, match=r"llama is a 'llama' checkpoint; latent classes exist for .*'qwen2_5_vl', "):
         convert_stock_checkpoint(tmp_path / "llama")
     (empty / "config.json").write_text("{")
     with pytest.raises(OSError, match="empty/config.json' is not a valid JSON file"):
@@ -264,7 +264,7 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_latent_folder_and_an_unknown_method_are_refused(stock_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown latent method 'lazer'; choose one of \['laser', "):
+    with pytest.raises(ValueError, match=r"unknown latent method 'lazer'; choose one of .*'laser', "):
         convert_stock_checkpoint(stock_folder, method="lazer")
     model, processor = convert_stock_checkpoint(stock_folder)
     model.save_pretrained(tmp_path)
