@@ -2,7 +2,9 @@
 
 | question | files |
 |---|---|
-| which options, and the trainer | `configs` (of LVR `lvr_config`, shared `config_parts`), `sft_trainer` |
+| which options, and the trainer | `configs` (of LVR `lvr_config`, of IVT-LR and Coconut `staged_config`, shared \
+`config_parts`), `sft_trainer` |
+| training in stages | `curriculum`, `staged_collator`, `data/stages` |
 | what a method trains | `objectives/`, `losses/`, `latent_forward` (the loss inside the wrapped forward) |
 | what is fed at latent positions | `exposure`, `free_running` |
 | from records to batches | `data/`, `collators`, `sample_lengths`, `dynamic_loader` |
@@ -26,7 +28,10 @@ _EXPORTS = {
     "LatentSFTConfig": "configs",
     "LatentSFTTrainer": "sft_trainer",
     "LVRSFTConfig": "lvr_config",
+    "Curriculum": "curriculum",
     "OBJECTIVES": "objectives",
+    "StagedCollator": "staged_collator",
+    "StagedSFTConfig": "staged_config",
     "build_objective": "objectives",
     "register_objective": "objectives",
 }

@@ -84,7 +84,7 @@ class LatentSFTCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         records = [self.record(row) for row in rows]
         images = [open_image(image, record) for record in records for image in record["images"] or []]
-        features = self._pixels(images, records)
+        features = pixel_features(self.processor, images, records)
         grids = iter(features["image_grid_thw"].tolist() if images else [])
         per_record = [[next(grids) for _ in record["images"] or []] for record in records]
         examples = [self.encode(record, grids) for record, grids in zip(records, per_record, strict=True)]
@@ -158,22 +158,6 @@ class LatentSFTCollator:
         turns, regions = render_regions(record, grids_thw, merge, layout, tokens, *options)
         return turns, {"regions": regions}
 
-    def _pixels(self, images: list[Image.Image], records: list[Any]) -> dict[str, torch.Tensor]:
-        """Output of the image processor for all images of the batch; nothing for a batch of text."""
-        if not images:
-            return {}
-        try:
-            return dict(self.processor.image_processor(images=images, return_tensors="pt"))
-        except ValueError:
-            owners = [record for record in records for _ in record["images"] or []]
-            for image, record in zip(images, owners, strict=True):
-                try:
-                    self.processor.image_processor(images=[image], return_tensors="pt")
-                except ValueError as error:
-                    reason = f"an image of {image.width}x{image.height} pixels cannot be processed ({error}); drop it"
-                    raise RecordError(*record_origin(record), reason) from error
-            raise
-
     def _without_spans(self, record: Any) -> Any:
         """The record with responses that hold neither placeholders nor written-out spans."""
         messages = record["messages"]
@@ -187,6 +171,32 @@ class LatentSFTCollator:
                 for turn in messages
             ]
         return {**record, "chain": None, "messages": messages}
+
+
+def pixel_features(processor: Any, images: list[Image.Image], records: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Output of the image processor for all images of a batch; nothing for a batch of text.
+
+    Args:
+        processor: of the model.
+        images: of all records, in order.
+        records: whose they are, for messages.
+
+    Raises:
+        RecordError: an image that cannot be processed; names file and row.
+    """
+    if not images:
+        return {}
+    try:
+        return dict(processor.image_processor(images=images, return_tensors="pt"))
+    except ValueError:
+        owners = [record for record in records for _ in record["images"] or []]
+        for image, record in zip(images, owners, strict=True):
+            try:
+                processor.image_processor(images=[image], return_tensors="pt")
+            except ValueError as error:
+                reason = f"an image of {image.width}x{image.height} pixels cannot be processed ({error}); drop it"
+                raise RecordError(*record_origin(record), reason) from error
+        raise
 
 
 def completed_row(row: Mapping[str, Any]) -> dict[str, Any]:

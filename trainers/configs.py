@@ -1,12 +1,13 @@
 """Configurations of the trainers: one field per option, for YAML and the command line (`trl.TrlParser`)."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import SFTConfig
 
-from .collators import check_layout
+from .collators import LatentSFTCollator, check_layout
 from .config_parts import LatentRunOptions, is_number
 from .distributed import LOSS_AVERAGES
 from .dynamic_loader import check_dynamic_options
@@ -185,6 +186,23 @@ class LatentSFTConfig(LatentRunOptions, SFTConfig):
     def plans_batches(self) -> bool:
         """Whether the lengths of all samples must be known before training."""
         return self.enable_dynamic_batch or self.latent_packing is not None
+
+    def curriculum(self) -> Any:
+        """The [`Curriculum`] of the run; `None`: all steps are trained alike."""
+        return None
+
+    def required_columns(self, columns: Collection[str]) -> list[str]:
+        """Columns that a data set must have.
+
+        Args:
+            columns: that it has.
+        """
+        needed = ["images"] + ([] if "messages" in columns else ["question", "answer"])
+        return needed + {"chain": ["chain"], "regions": ["boxes"]}.get(self.latent_form, [])
+
+    def build_collator(self, processor: Any) -> Any:
+        """The collator of training and evaluation."""
+        return LatentSFTCollator(processor, **self.collator_options())
 
     def collator_options(self) -> dict[str, Any]:
         """Arguments of [`LatentSFTCollator`] beside the processor."""

@@ -158,7 +158,7 @@ def check_token_average(loss_average: str, objective: Any) -> None:
             f"loss_average={loss_average!r} needs {type(objective).__name__}.count_terms(input_ids, labels) "
             "(trainers/latent_forward.py); add it, or set loss_average: batch"
         )
-    if loss_average == "token":
+    if loss_average == "token" or not objective.has_latent_loss:
         return
     average = getattr(getattr(objective, "options", None), "row_average", None)
     if average != "example":

@@ -8,6 +8,9 @@ for a share of rows or of latents, and behind the first `forced` latents of a sp
   the trained pass. After `n` passes the first `n` latents of a span are exactly those of free-running decoding.
 * `"free"`: the latents are decoded step by step, over one cache and with gradients, so that the loss of the trained
   pass reaches every earlier step (back-propagation through time). See `free_running.py`.
+
+A method whose latents are worked out inside the forward (IVT-LR, Coconut) is `"staged"`: its objective asks for that,
+and nothing is left to do here.
 """
 
 from dataclasses import dataclass
@@ -20,7 +23,8 @@ from .data.dynamic_batching import is_count
 from .free_running import free_running_latents
 
 TEACHER_EXPOSURES = ("text", "oracle")
-EXPOSURES = (*TEACHER_EXPOSURES, "own", "free")
+OWN_EXPOSURES = ("own", "free")
+EXPOSURES = (*TEACHER_EXPOSURES, *OWN_EXPOSURES, "staged")
 EXPOSURE_UNITS = ("row", "latent")
 
 
@@ -29,7 +33,8 @@ class LatentExposure:
     """Options of the exposure.
 
     Args:
-        kind: `"text"` feeds the tokens, `"oracle"` the objective's vectors, `"own"` and `"free"` the model's own.
+        kind: `"text"` feeds the tokens, `"oracle"` the objective's vectors, `"own"` and `"free"` the model's own, and
+            with `"staged"` the forward feeds them itself.
         prob: share, drawn per step, that is fed the model's own latents; the rest is fed as without.
         passes: of `"own"`: passes without gradients; every rank runs the same number.
         unit: what the share is of: `"row"`, or each single `"latent"`.
@@ -68,7 +73,7 @@ class LatentExposure:
             positions: `(batch, length)` bool, positions that are fed by a latent at inference.
             inputs: what the backbone takes, with the objective's own `latent_embeds` and `latent_mask`, if it has any.
         """
-        if self.kind in TEACHER_EXPOSURES or not model.training:
+        if self.kind not in OWN_EXPOSURES or not model.training:
             return {}
         own = self._drawn(positions)
         if self.kind == "free":

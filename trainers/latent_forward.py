@@ -67,6 +67,7 @@ class LatentObjective(ABC):
         auxiliary: name, as it is logged, and weight of each further loss of [`LatentLoss.auxiliary`].
         batch_inputs: tensors of a batch that are the objective's alone; the backbone does not get them.
         exposures: kinds of exposure (`exposure.py`) that the method can be trained with.
+        has_latent_loss: `False` for a method that trains the cross entropy alone.
     """
 
     sum_names: tuple[str, ...] = ()
@@ -74,6 +75,7 @@ class LatentObjective(ABC):
     auxiliary: Mapping[str, float] = MappingProxyType({})
     batch_inputs: tuple[str, ...] = ()
     exposures: tuple[str, ...] = ("text", "own", "free")
+    has_latent_loss: bool = True
 
     @abstractmethod
     def ce_labels(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from .checkpoints import FaultTolerantTrainer
-from .collators import LatentSFTCollator
 from .configs import LatentSFTConfig
+from .curriculum import CurriculumTrainer
 from .data.records import RECORD_FIELDS
 from .distributed import DistributedMixin, check_token_average
 from .dynamic_loader import DynamicBatchTrainer
@@ -20,13 +20,14 @@ from .optimizer_groups import optimizer_groups, with_optimizer_groups
 from .packed_forward import pack_decoder
 
 
-class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMixin, SFTTrainer):
+class LatentSFTTrainer(CurriculumTrainer, FaultTolerantTrainer, DynamicBatchTrainer, DistributedMixin, SFTTrainer):
     """Supervised training of latent reasoning, for every method that has an objective (`trainers/objectives/`).
 
     Total loss = cross entropy + `latent_loss_weight` * latent loss, both means over the micro-batch, as in the
     published LASER code, or with `loss_average="token"` (`"sample"`: per sample first) over the whole optimizer step.
     Only supervised positions meet the LM head. PEFT, DDP, ZeRO and gradient accumulation work as in TRL. With
-    `latent_packing="sequence"` the layers see several samples in a row, without padding (`packed_forward.py`).
+    `latent_packing="sequence"` the layers see several samples in a row, without padding (`packed_forward.py`). A
+    configuration with a `curriculum()` trains in stages (`curriculum.py`).
 
     Logged: `loss_total`, `loss_ce`, `loss_latent` and the objective's auxiliary losses (means over the micro-batches
     since the last log, over all ranks), unweighted, and the objective's ratios (sums of numerators over sums of
@@ -64,7 +65,7 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would replace the latent loss; register an objective instead")
         if data_collator is None:
-            data_collator = LatentSFTCollator(processing_class, **args.collator_options())
+            data_collator = args.build_collator(processing_class)
             for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
                 _check_dataset(name, dataset, args, data_collator)
         super().__init__(
@@ -144,7 +145,7 @@ class LatentSFTTrainer(FaultTolerantTrainer, DynamicBatchTrainer, DistributedMix
         super().log(logs, start_time)
 
 
-def _check_dataset(name: str, dataset: Any, args: LatentSFTConfig, collator: LatentSFTCollator) -> None:
+def _check_dataset(name: str, dataset: Any, args: LatentSFTConfig, collator: Any) -> None:
     """Refuse an empty data set, one without the columns that the collator reads, and one whose first row is bad."""
     if isinstance(dataset, dict):
         for key, part in dataset.items():
@@ -152,9 +153,8 @@ def _check_dataset(name: str, dataset: Any, args: LatentSFTConfig, collator: Lat
         return
     columns = getattr(dataset, "column_names", None)
     if columns is not None:
-        needed = ["images"] + ([] if "messages" in columns else ["question", "answer"])
-        needed += {"chain": ["chain"], "regions": ["boxes"]}.get(args.latent_form, [])
-        missing, unknown = [c for c in needed if c not in columns], sorted(set(columns) - set(RECORD_FIELDS))
+        missing = [column for column in args.required_columns(columns) if column not in columns]
+        unknown = sorted(set(columns) - set(RECORD_FIELDS))
         if missing or unknown:
             raise ValueError(
                 f"{name} has the columns {sorted(columns)}: missing {missing} (latent_form={args.latent_form!r}), "

@@ -159,8 +159,8 @@ def test_every_own_field_is_checked() -> None:
 
 def test_an_unknown_method_and_a_stock_model_are_refused_with_the_remedy(make: Any) -> None:
     model = tiny_latent_model(latent_method="laser")
-    with pytest.raises(ValueError, match=r"latent_method='coconut' has no training .*choose one of \['laser'"):
-        build_objective(make(latent_method="coconut"), model.config)
+    with pytest.raises(ValueError, match=r"latent_method='dream' has no training .*choose one of .*'laser'"):
+        build_objective(make(latent_method="dream"), model.config)
     with pytest.raises(ValueError, match="latent_method=None has no training objective"):
         build_objective(make(), tiny_latent_model().config)
     with pytest.raises(ValueError, match=r"stock configuration; make the model with convert_stock_checkpoint\(folder"):

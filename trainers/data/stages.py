@@ -54,10 +54,10 @@ class StageLayout:
         vision_first: they stand before the slot (published), else behind it (paper).
         markers: write the start and the end token around the latents, also around none (Coconut).
         no_cot: neither steps nor latents at any stage: direct answers.
-        max_num_latents: of a record.
+        max_latent_steps: of a record.
 
     Raises:
-        ValueError: an option out of its range, or more latents than `max_num_latents`; names both options.
+        ValueError: an option out of its range, or more latents than `max_latent_steps`; names both options.
     """
 
     max_latent_stage: int = 5
@@ -67,7 +67,7 @@ class StageLayout:
     vision_first: bool = True
     markers: bool = False
     no_cot: bool = False
-    max_num_latents: int | None = None
+    max_latent_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_latent_stage", "latents_per_step", "num_patches"):
@@ -75,10 +75,10 @@ class StageLayout:
             if value != 0 and not is_count(value):
                 raise ValueError(f"{name}={value!r} must be an integer, 0 or more")
         most = self.max_latent_stage * self.latents_per_step
-        if self.max_num_latents is not None and most > self.max_num_latents:
+        if self.max_latent_steps is not None and most > self.max_latent_steps:
             raise ValueError(
                 f"max_latent_stage={self.max_latent_stage} with latents_per_step={self.latents_per_step}: {most} "
-                f"latents, above max_num_latents={self.max_num_latents}; lower one of the two, or raise the limit"
+                f"latents, above max_latent_steps={self.max_latent_steps}; lower one of the two, or raise the limit"
             )
 
     def count(self, num_steps: int, stage: int) -> tuple[int, int]:
