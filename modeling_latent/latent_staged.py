@@ -123,8 +123,8 @@ def _laid_out(
     count = tokens.count(slot) if keeps_slots else steps
     if wanted * count > images and not (keeps_slots and patch in tokens):
         logger.warning_once(
-            f"{count} slots with num_latent_patches={wanted} ask for {wanted * count} image embeddings, but a row has "
-            f"{images}: each is inserted once, and the last slots get fewer"
+            f"num_latent_patches={wanted}: a row has fewer image tokens than its slots ask for; each is inserted once, "
+            "and the last slots get fewer"
         )
     if keeps_slots:
         if not wanted or patch in tokens:
@@ -259,7 +259,6 @@ register_latent_strategy(
             "latent_hook",
             "latent_noise",
         ),
-        required=("num_latent_steps",),
         opens_span=False,
         layout=lay_out,
         prefill=prefill,

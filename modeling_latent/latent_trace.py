@@ -58,7 +58,8 @@ class LatentTrace:
         position_ids: `(C, B, T)` positions as fed, the last three channels temporal, height and width for mrope, or
             `(B, T)` where a family has plain positions.
         attention_mask: `(B, prompt_length)` of the prompt, `None` when there was no padding.
-        extras: further tensors with one row per slot that a strategy recorded, e.g. chosen patches.
+        extras: further tensors with one row per slot that a strategy recorded: `patch_column` `(N,)`, at an inserted
+            image embedding the position of the image token that it copies, -1 at a slot.
         info: strategy, options and token ids of the call.
     """
 
@@ -144,7 +145,10 @@ class LatentTrace:
             spans=spans,
             position_ids=None if self.position_ids is None else self.position_ids[..., index : index + 1, pad:],
             attention_mask=None,
-            extras={name: value[keep] for name, value in self.extras.items()},
+            extras={
+                name: value[keep] if name not in _POSITIONS else torch.where(value[keep] < 0, -1, value[keep] - pad)
+                for name, value in self.extras.items()
+            },
         )
 
     def replace_slots(self, slot_inputs: torch.Tensor) -> "LatentTrace":
@@ -204,6 +208,7 @@ class LatentTrace:
         )
 
 
+_POSITIONS = ("patch_column",)  # extras that are positions of their row, -1 for none
 _PACKED = ("slot_index", "slot_inputs", "slot_outputs", "has_output", "readable_ids", "topk_ids", "topk_probs")
 
 
