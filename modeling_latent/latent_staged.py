@@ -5,6 +5,10 @@ between two markers. The slots are part of the returned sequences, so that every
 streamers) goes on behind them; what they are fed is worked out by a plan (`latent_plan.py`) in place of the prefill.
 """
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import GenerationConfig
@@ -62,19 +66,7 @@ def lay_out(model: nn.Module, model_kwargs: dict, options: LatentOptions) -> dic
             f"{config.latent_token_id}) already; leave num_latent_steps out, or the slots"
         )
     mask = _mask_of(model, ids, model_kwargs.get("attention_mask"))
-    steps = (
-        values.num_latent_steps if isinstance(values.num_latent_steps, list) else [values.num_latent_steps] * len(ids)
-    )
-    if len(steps) != len(ids):
-        raise ValueError(
-            f"num_latent_steps has {len(steps)} entries for {len(ids)} prompts; give one, or one per prompt"
-        )
-    caps = values.max_latent_steps if isinstance(values.max_latent_steps, list) else [values.max_latent_steps]
-    if not laid_out and max(steps) > max(caps):
-        raise ValueError(
-            f"num_latent_steps={max(steps)} is above the limit max_latent_steps={max(caps)}; lay out fewer slots, or "
-            "raise max_latent_steps"
-        )
+    steps = [0] * len(ids) if laid_out else _steps_of(options, len(ids), config)
     rows = []
     for row, (tokens, kept) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
         tokens = [token for token, keep in zip(tokens, kept, strict=True) if keep]
@@ -88,6 +80,30 @@ def lay_out(model: nn.Module, model_kwargs: dict, options: LatentOptions) -> dic
     return {**model_kwargs, **_padded(rows, ids, mask, model_kwargs)}
 
 
+def _steps_of(options: LatentOptions, num_rows: int, config: Any) -> list[int]:
+    """Number of slots of each row."""
+    values = options.values
+    if values.num_latent_steps is None:
+        raise ValueError(
+            f"latent_strategy={options.strategy.name!r} needs num_latent_steps; pass num_latent_steps=..., or prompts "
+            f"that hold slots (token id {config.latent_token_id})"
+        )
+    steps, caps = (
+        each if isinstance(each, list) else [each] for each in (values.num_latent_steps, values.max_latent_steps)
+    )
+    steps = steps * num_rows if len(steps) == 1 else steps
+    if len(steps) != num_rows:
+        raise ValueError(
+            f"num_latent_steps has {len(steps)} entries for {num_rows} prompts; give one, or one per prompt"
+        )
+    if max(steps) > max(caps):
+        raise ValueError(
+            f"num_latent_steps={max(steps)} is above the limit max_latent_steps={max(caps)}; lay out fewer slots, or "
+            "raise max_latent_steps"
+        )
+    return steps
+
+
 def _mask_of(model: nn.Module, ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The mask of the prompts; where none is given, padding is what the stock `generate` takes for it."""
     if mask is not None:
@@ -97,7 +113,7 @@ def _mask_of(model: nn.Module, ids: torch.LongTensor, mask: torch.Tensor | None)
     return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
 
 
-def _image_tokens(tokens: list[int], config: nn.Module, values: object) -> int:
+def _image_tokens(tokens: list[int], config: Any, values: SimpleNamespace) -> int:
     """Number of image tokens of a row that may be copied."""
     image = getattr(config, "image_token_id", None)
     is_image = [token == image for token in tokens]
@@ -111,7 +127,7 @@ def _image_tokens(tokens: list[int], config: nn.Module, values: object) -> int:
 
 
 def _laid_out(
-    tokens: list[int], steps: int, images: int, config: nn.Module, values: object, keeps_slots: bool
+    tokens: list[int], steps: int, images: int, config: Any, values: SimpleNamespace, keeps_slots: bool
 ) -> list[int]:
     """The ids of one row with its blocks."""
     slot, patch, wanted = config.latent_token_id, config.latent_patch_token_id, values.num_latent_patches or 0
@@ -123,8 +139,8 @@ def _laid_out(
     count = tokens.count(slot) if keeps_slots else steps
     if wanted * count > images and not (keeps_slots and patch in tokens):
         logger.warning_once(
-            f"num_latent_patches={wanted}: a row has fewer image tokens than its slots ask for; each is inserted once, "
-            "and the last slots get fewer"
+            f"num_latent_patches={wanted}: a row has fewer image tokens than its slots ask for; each is inserted "
+            "once, and the last slots get fewer"
         )
     if keeps_slots:
         if not wanted or patch in tokens:
@@ -139,12 +155,12 @@ def _laid_out(
     return tokens + blocks
 
 
-def _blocks(count: int, images: int, config: nn.Module, values: object) -> list[int]:
+def _blocks(count: int, images: int, config: Any, values: SimpleNamespace) -> list[int]:
     slot, patch = config.latent_token_id, config.latent_patch_token_id
     return lay_out_blocks(count, values.num_latent_patches or 0, images, slot, patch, values.latent_vision_first)
 
 
-def _split(blocks: list[int], slot: int, values: object) -> list[list[int]]:
+def _split(blocks: list[int], slot: int, values: SimpleNamespace) -> list[list[int]]:
     """The blocks one by one."""
     parts: list[list[int]] = [[]]
     for token in blocks:
@@ -184,13 +200,13 @@ def _padded(rows: list[list[int]], ids: torch.LongTensor, mask: torch.Tensor, mo
 
 def prefill(
     model: nn.Module,
-    stock_prefill: object,
+    stock_prefill: Callable[..., Any],
     input_ids: torch.LongTensor,
     generation_config: GenerationConfig,
     model_kwargs: dict,
     state: LatentState,
-    **stock_options: object,
-) -> object:
+    **stock_options: Any,
+) -> Any:
     """The stock prefill of the prompts with their blocks, run as a plan."""
     values = state.options.values
     plan = LatentPlan(
@@ -211,7 +227,7 @@ def prefill(
     return outputs
 
 
-def _editor(model: nn.Module, input_ids: torch.LongTensor, state: LatentState) -> object:
+def _editor(model: nn.Module, input_ids: torch.LongTensor, state: LatentState) -> Callable[[PlanStep], torch.Tensor]:
     """Noise, then the trace hook, on the slots of one step of the plan."""
 
     def edit(step: PlanStep) -> torch.Tensor:
