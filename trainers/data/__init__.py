@@ -15,6 +15,16 @@ from .answers import (
     score_yes_no,
     score_yes_no_relaxed,
 )
+from .answers_staged import (
+    cot_matches,
+    extract_coconut,
+    extract_scienceqa,
+    m3cot_letters,
+    score_coconut,
+    score_m3cot,
+    score_scienceqa,
+)
+from .graphs import GraphGenerator, check_graph_question, graph_dataset, graph_record, graph_stream
 from .llava import (
     LASER_TOKENS,
     encode_conversation,
@@ -25,6 +35,17 @@ from .llava import (
     render_turns,
     write_llava,
 )
+from .m3cot import read_m3cot
+from .predictions import (
+    m3cot_prediction,
+    read_m3cot_predictions,
+    read_scienceqa_predictions,
+    scienceqa_predictions,
+    write_m3cot_predictions,
+    write_scienceqa_predictions,
+)
+from .prosqa import read_gsm8k_steps, read_prontoqa, read_prosqa
+from .rationales import group_steps, split_rationale
 from .records import (
     Record,
     RecordError,
@@ -37,21 +58,47 @@ from .records import (
     records_to_dataset,
     validate_record,
 )
+from .scienceqa import read_scienceqa
+from .staged_text import COCONUT_TOKENS, IVTLR_TOKENS, STAGED_FORMATS, StagedExample, StagedFormat, encode_staged
 
 __all__ = [
+    "COCONUT_TOKENS",
+    "IVTLR_TOKENS",
     "LASER_TOKENS",
+    "STAGED_FORMATS",
+    "GraphGenerator",
     "Record",
     "RecordError",
     "RecordReport",
     "RecordShareError",
+    "StagedExample",
+    "StagedFormat",
+    "check_graph_question",
+    "cot_matches",
     "encode_conversation",
+    "encode_staged",
     "extract_answer",
+    "extract_coconut",
     "extract_letter",
     "extract_mmvp",
+    "extract_scienceqa",
     "extract_yes_no",
+    "graph_dataset",
+    "graph_record",
+    "graph_stream",
+    "group_steps",
+    "m3cot_letters",
+    "m3cot_prediction",
     "make_record",
     "pad_batch",
+    "read_gsm8k_steps",
     "read_llava",
+    "read_m3cot",
+    "read_m3cot_predictions",
+    "read_prontoqa",
+    "read_prosqa",
+    "read_scienceqa",
+    "read_scienceqa_predictions",
     "read_source",
     "record_features",
     "record_form",
@@ -59,11 +106,18 @@ __all__ = [
     "record_to_row",
     "records_to_dataset",
     "render_turns",
+    "scienceqa_predictions",
     "score_choice_relaxed",
+    "score_coconut",
     "score_letter",
+    "score_m3cot",
     "score_mmvp",
+    "score_scienceqa",
     "score_yes_no",
     "score_yes_no_relaxed",
+    "split_rationale",
     "validate_record",
     "write_llava",
+    "write_m3cot_predictions",
+    "write_scienceqa_predictions",
 ]

@@ -26,6 +26,7 @@ LISTED_BAD_ROWS = 10
 # What Pillow raises for a file that is missing, damaged or far too large.
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError)
 DEFAULT_MAX_BAD_SHARE = 0.01
+_IMAGE_TYPES = (str, os.PathLike, PILImage.Image)
 # A table is built in parts of so many rows: only the rows of a part are held as Python objects.
 _ROWS_AT_A_TIME = 10_000
 
@@ -49,7 +50,8 @@ class Record(TypedDict):
 
     Fields:
         id: name of the example.
-        images: `PIL.Image.Image`s or paths (or URLs), in the order of the placeholders.
+        images: `PIL.Image.Image`s, paths (or URLs), or `{"bytes", "path"}` of a table that does not decode them, in
+            the order of the placeholders.
         question: the user's words, without image placeholder.
         answer: the short answer.
         choices: texts of the options, in order.
@@ -228,11 +230,15 @@ def _check_strings(values: Any, name: str, source: str | os.PathLike, row: int |
 def _check_images(images: Any, name: str, source: str | os.PathLike, row: int | None) -> None:
     if images is None:
         return
-    wrong = [image for image in images if not isinstance(image, str | os.PathLike | PILImage.Image)]
+    wrong = [image for image in images if not (_is_encoded(image) or isinstance(image, _IMAGE_TYPES))]
     if wrong:
         raise RecordError(
             source, row, f"{name} must hold PIL images or paths, got {type(wrong[0]).__name__}: {wrong[0]!r:.80}"
         )
+
+
+def _is_encoded(image: Any) -> bool:
+    return isinstance(image, dict) and set(image) == {"bytes", "path"} and any(image.values())
 
 
 def check_boxes(boxes: Any, num_images: int, source: str | os.PathLike, row: int | None) -> None:
@@ -332,6 +338,8 @@ def record_to_row(record: Record) -> dict[str, Any]:
 def _encode_image(image: Any) -> dict[str, Any]:
     if isinstance(image, str | os.PathLike):
         return {"path": os.fspath(image), "bytes": None}
+    if isinstance(image, dict):
+        return image
     from datasets import Image
 
     return Image().encode_example(image)
@@ -350,21 +358,34 @@ def _decode_image(image: Any, record: Mapping[str, Any]) -> Any:
         raise RecordError(*record_origin(record), f"the bytes of an image cannot be read ({error})") from error
 
 
-def open_image(image: Any, record: Mapping[str, Any]) -> PILImage.Image:
+def open_image(image: Any, record: Mapping[str, Any], background: str | None = None) -> PILImage.Image:
     """An image of a record, or of a table that does not decode images, opened if it is a path, as RGB.
+
+    Args:
+        image: one of the record's `images`.
+        record: named by errors.
+        background: colour behind transparent parts, e.g. `"white"` (IVT-LR); None drops the transparency.
 
     Raises:
         RecordError: names file and row of the record whose image cannot be read.
     """
     image = _decode_image(image, record)
-    if isinstance(image, PILImage.Image):
-        return image.convert("RGB")
     try:
+        if isinstance(image, PILImage.Image):
+            return _to_rgb(image, background)
         with PILImage.open(image) as file:
-            return file.convert("RGB")
+            return _to_rgb(file, background)
     except IMAGE_ERRORS as error:
-        reason = f"image {str(image)!r} cannot be read ({error}); fix the path or the file"
+        reason = f"image {str(image)!r:.200} cannot be read ({error}); fix the path or the file"
         raise RecordError(*record_origin(record), reason) from error
+
+
+def _to_rgb(image: PILImage.Image, background: str | None) -> PILImage.Image:
+    if background is None or not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    canvas = PILImage.new("RGBA", image.size, background)
+    return PILImage.alpha_composite(canvas, image).convert("RGB")
 
 
 def records_to_dataset(records: Iterable[Record], decode: bool = True) -> "Dataset":

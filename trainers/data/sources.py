@@ -15,11 +15,18 @@ from .json_rows import existing_file, iter_json_lines, iter_rows
 from .records import Record, RecordError, RecordReport
 
 
+class SkippedRow(Exception):
+    """Raised by `build` for a row that the user asked to leave out; the text is the reason that the report counts."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """A data file, where its images are, its name, and its rows `(0-based row, parsed value or RecordError)`."""
+    """A data file, where its images are, its name, and its rows `(0-based row, parsed value or RecordError)`.
 
-    path: Path
+    `path` is the name of a table that is no file.
+    """
+
+    path: Path | str
     image_folder: Path
     ds_name: str
     rows: Iterable[tuple[int, Any]]
@@ -32,7 +39,7 @@ def open_source(path: str | os.PathLike, image_folder: str | os.PathLike | None)
         RecordError: for a missing file or folder.
     """
     path = existing_file(path)
-    return Source(path, _image_folder(path, image_folder), path.stem, iter_rows(path))
+    return Source(path, image_folder_of(path, image_folder), path.stem, iter_rows(path))
 
 
 def open_sources(path: str | os.PathLike, image_folder: str | os.PathLike | None) -> list[Source]:
@@ -49,7 +56,7 @@ def open_sources(path: str | os.PathLike, image_folder: str | os.PathLike | None
     head = list(itertools.islice(rows, 1))
     rows = itertools.chain(head, rows)
     if not (head and isinstance(head[0][1], dict) and "data_path" in head[0][1] and "conversations" not in head[0][1]):
-        return [Source(path, _image_folder(path, image_folder), path.stem, rows)]
+        return [Source(path, image_folder_of(path, image_folder), path.stem, rows)]
     if image_folder is not None:
         raise ValueError(
             f"image_folder={os.fspath(image_folder)!r} with the meta file {path}; name the folders inside it"
@@ -59,8 +66,8 @@ def open_sources(path: str | os.PathLike, image_folder: str | os.PathLike | None
 
 def read_sources(
     sources: Sequence[Source],
-    build: Callable[[Any, Path, int, Path, str, int], Record],
-    check: Callable[[Record, Path, int], None],
+    build: Callable[[Any, Path | str, int, Path, str, int], Record],
+    check: Callable[[Record, Path | str, int], None],
     report: RecordReport | None = None,
     blacklist: str | os.PathLike | Iterable[Any] | None = None,
 ) -> Iterator[Record]:
@@ -69,7 +76,7 @@ def read_sources(
     Args:
         sources: what to read, in order.
         build: makes a record of `(parsed row, file, 0-based row, image folder, name of the source, index over all
-            sources)`.
+            sources)`; it may raise [`SkippedRow`].
         check: raises for a record that is bad.
         report: collects the rows; without one, reading ends with an error above 1 % bad rows.
         blacklist: question ids to leave out, or a JSON-lines file of `{"question_id": ...}`.
@@ -83,8 +90,8 @@ def read_sources(
 
 def _records(
     sources: Sequence[Source],
-    build: Callable[[Any, Path, int, Path, str, int], Record],
-    check: Callable[[Record, Path, int], None],
+    build: Callable[[Any, Path | str, int, Path, str, int], Record],
+    check: Callable[[Record, Path | str, int], None],
     report: RecordReport | None,
     blacklist: frozenset,
 ) -> Iterator[Record]:
@@ -99,6 +106,9 @@ def _records(
                     report.skipped("question_id_blacklist")
                     continue
                 check(record, source.path, row)
+            except SkippedRow as reason:
+                report.skipped(str(reason))
+                continue
             except RecordError as error:
                 report.bad(error.file, error.row, error.reason)
                 continue
@@ -108,7 +118,7 @@ def _records(
         report.check()
 
 
-def _image_folder(path: Path, image_folder: str | os.PathLike | None) -> Path:
+def image_folder_of(path: Path, image_folder: str | os.PathLike | None) -> Path:
     if image_folder is None:
         return path.parent
     if not os.path.isdir(image_folder):
@@ -123,7 +133,7 @@ def _meta_entry(meta: Path, row: int, entry: Any) -> Source:
     folder = _beside(meta, row, "image_folder", entry["image_folder"]) if entry.get("image_folder") else None
     if not path.is_file():
         raise RecordError(meta, row, f"data_path {entry['data_path']!r} is not a file")
-    return Source(path, _image_folder(path, folder), str(entry.get("ds_name") or path.stem), iter_rows(path))
+    return Source(path, image_folder_of(path, folder), str(entry.get("ds_name") or path.stem), iter_rows(path))
 
 
 def _beside(meta: Path, row: int, key: str, name: str) -> Path:

@@ -29,6 +29,7 @@ __all__ = [
     "PromptStyle",
     "StagedExample",
     "StagedFormat",
+    "check_texts",
     "encode_staged",
     "question_text",
     "staged_format",
@@ -150,13 +151,32 @@ def _check_record(record: Record, num_image_tokens: Sequence[int], image_token: 
         raise RecordError(
             *origin, f"{len(images)} images but {len(num_image_tokens)} counts of image tokens; give one an image"
         )
-    steps, choices = record["steps"] or [], record["choices"] or []
-    for name, texts in (("question", [record["question"]]), ("answer", [record["answer"]]), ("steps", steps)):
-        for text in texts:
+    for name, texts in (
+        ("question", [record["question"]]),
+        ("answer", [record["answer"]]),
+        ("steps", record["steps"]),
+    ):
+        for text in texts or []:
             if not isinstance(text, str) or not text.strip():
                 raise RecordError(*origin, f"{name} holds {text!r}; it must be text that is not empty: repair the row")
-    for text in (record["question"], record["answer"], *steps, *choices):
-        token = next((token for token in (image_token, *IVTLR_TOKENS.values()) if token in text), None)
+    check_texts(record, origin, (image_token,))
+
+
+def check_texts(
+    record: Record, origin: tuple[Any, int | None], image_tokens: Sequence[str] = ("<|image_pad|>", "<image>")
+) -> None:
+    """Checks that no text of a record holds an image token or a latent token, which would be taken for one.
+
+    Args:
+        record: `question`, `answer`, `steps` and `choices` are looked at.
+        origin: file and row that errors name.
+        image_tokens: tokens of image embeddings.
+
+    Raises:
+        RecordError: for the first text that does.
+    """
+    for text in (record["question"], record["answer"], *(record["steps"] or []), *(record["choices"] or [])):
+        token = next((token for token in (*image_tokens, *IVTLR_TOKENS.values()) if token in text), None)
         if token is not None:
             raise RecordError(*origin, f"the text {text!r:.80} contains the token {token}; remove it from the text")
 

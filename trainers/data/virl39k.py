@@ -16,6 +16,7 @@ from .lvr import check_question, question_record
 from .lvr_text import LVR_TOKENS
 from .records import Record, RecordError, RecordReport
 from .sources import Source, read_sources
+from .table_rows import parquet_rows
 
 _BOXED = "\\boxed{"
 _KEPT = ("category", "source", "PassRate_32BTrained", "PassRate_7BBase")
@@ -52,18 +53,12 @@ def read_virl39k(
     folder = path.parent if image_folder is None else Path(image_folder)
     if not folder.is_dir():
         raise RecordError(path, None, f"image_folder {os.fspath(folder)!r} does not exist; check the option")
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else iter_rows(path)
+    rows = parquet_rows(path) if path.suffix == ".parquet" else iter_rows(path)
 
     def check(record: Record, source: Path, row: int) -> None:
         check_question(record, source, row, latent_tokens)
 
     return read_sources([Source(path, folder, path.stem, rows)], _record, check, report)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    from datasets import load_dataset
-
-    yield from enumerate(load_dataset("parquet", data_files=os.fspath(path), split="train", streaming=True))
 
 
 def _record(value: Any, source: Path, row: int, image_folder: Path, ds_name: str, index: int) -> Record:
