@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .latent_blocks import PATCH_ORDERS, lay_out_blocks
-from .latent_plan import PATCH_IMAGES, LatentPlan, PlanStep
+from .latent_plan_types import PATCH_IMAGES, LatentPlan, LatentPlanOutput, PlanStep
 from .latent_state import LatentState
 from .latent_strategies import (
     LatentOption,
@@ -222,9 +222,43 @@ def prefill(
     finally:
         generation_config.prefill_chunk_size = chunk
         del model_kwargs["latent_plan"]
-    beams = generation_config.num_beams or 1
-    state.take_plan(outputs.plan_output, model.lm_head if state.keep_trace else None, input_ids, beams)
+    # The beams of a prompt are equal, and those that run on all come from the first.
+    rows, plan_output = slice(None, None, generation_config.num_beams or 1), outputs.plan_output
+    state.prompt_latents = plan_output.latent_embeds[rows], plan_output.latent_mask[rows]
+    if state.keep_trace:
+        state.prompt_record = _record(model, plan_output, input_ids, rows, values)
     return outputs
+
+
+def _record(
+    model: nn.Module, output: LatentPlanOutput, input_ids: torch.LongTensor, rows: slice, values: SimpleNamespace
+) -> dict[str, torch.Tensor]:
+    """For the trace, by prompt and position `(G, T, ...)`: states, what slots said, and the image tokens copied."""
+    ids, mask, hidden = input_ids[rows], output.latent_mask[rows], output.last_hidden_state[rows]
+    said, topk = ids.clone(), values.latent_topk
+    best, probs = ids.new_full((*ids.shape, topk), -1), hidden.new_zeros(*ids.shape, topk, dtype=torch.float32)
+    slots = (ids == model.config.latent_token_id) & mask
+    row, position = slots.nonzero(as_tuple=True)
+    if len(row):
+        logits = model.lm_head(hidden[row, _before_blocks(slots, mask, values)[row, position]]).float()
+        said[row, position] = logits.argmax(-1)
+        if topk:
+            chosen = logits.softmax(-1).topk(min(topk, logits.shape[-1]), dim=-1)
+            best[row, position], probs[row, position] = chosen.indices, chosen.values
+    record = {"outputs": hidden, "said": said, "ids": best, "probs": probs}
+    if model.config.latent_patch_token_id is not None:
+        record["patch_column"] = output.patch_columns[rows]
+    return record
+
+
+def _before_blocks(slots: torch.BoolTensor, mask: torch.BoolTensor, values: SimpleNamespace) -> torch.LongTensor:
+    """`(G, T)` at a slot: the last position before its block, whose state it is fed."""
+    places = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
+    if not values.latent_vision_first:
+        return places - 1
+    text = torch.where(mask, -1, places).cummax(dim=1).values  # the block begins behind text, or behind a slot
+    last = torch.nn.functional.pad(torch.where(slots, places, -1)[:, :-1], (1, 0), value=-1).cummax(dim=1).values
+    return torch.maximum(last, text)
 
 
 def _editor(model: nn.Module, input_ids: torch.LongTensor, state: LatentState) -> Callable[[PlanStep], torch.Tensor]:

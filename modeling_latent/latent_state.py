@@ -201,47 +201,6 @@ class LatentState:
                 return index + 1 if self.strategy.opens_span else index
         return len(ids)
 
-    def take_plan(self, output: Any, lm_head: Any | None, input_ids: torch.LongTensor, num_beams: int) -> None:
-        """Keep what a plan fed at the slots of the prompts; with `lm_head` also what they said, for the trace.
-
-        Args:
-            output: a `LatentPlanOutput` of the `(R, T)` ids of the prompts.
-            num_beams: the beams of a prompt are equal, and the running ones all come from the first.
-        """
-        rows = slice(None, None, num_beams)
-        self.prompt_latents = output.latent_embeds[rows], output.latent_mask[rows]
-        if lm_head is None:
-            return
-        ids, mask, hidden = input_ids[rows], output.latent_mask[rows], output.last_hidden_state[rows]
-        topk = self.options.values.latent_topk
-        said = ids.clone()
-        best = ids.new_full((*ids.shape, topk), -1)
-        probs = hidden.new_zeros(*ids.shape, topk, dtype=torch.float32)
-        index = ((ids == self.slot_id) & mask).nonzero(as_tuple=True)
-        if len(index[0]):
-            # The state that a slot is fed is that of the position before its block.
-            places = torch.where(mask, -1, torch.arange(ids.shape[1], device=ids.device)).cummax(dim=1).values
-            before = self._before_blocks(ids, mask, places)
-            logits = lm_head(hidden[index[0], before[index]]).float()
-            said[index] = logits.argmax(-1)
-            if topk:
-                chosen = logits.softmax(-1).topk(min(topk, logits.shape[-1]), dim=-1)
-                best[index], probs[index] = chosen.indices, chosen.values
-        self.prompt_record = {"outputs": hidden, "said": said, "ids": best, "probs": probs}
-        if self.patch_id is not None:
-            self.prompt_record["patch_column"] = output.patch_columns[rows]
-
-    def _before_blocks(
-        self, ids: torch.LongTensor, mask: torch.BoolTensor, text: torch.LongTensor
-    ) -> torch.LongTensor:
-        """`(G, T)` at a slot: the last position before its block; `text` is the last one that is no latent."""
-        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        if self.options.values.latent_vision_first:  # the block begins behind the slot before, or behind the text
-            slots = torch.where((ids == self.slot_id) & mask, places, -1)
-            last = torch.nn.functional.pad(slots[:, :-1], (1, 0), value=-1).cummax(dim=1).values
-            return torch.maximum(last, text)
-        return places - 1
-
     # --- feeding ---
 
     def next_inputs(self, input_ids: torch.LongTensor, new: int, first: bool) -> dict[str, torch.Tensor]:
