@@ -1,4 +1,4 @@
-"""Stages: which steps become latents, blocks short of image embeddings, other stages mixed in, the published padding."""
+"""Stages: which steps become latents, blocks short of image tokens, other stages mixed in, the published padding."""
 
 import doctest
 from collections import Counter
