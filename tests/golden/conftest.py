@@ -22,6 +22,7 @@ for _part in (
     "ivtlr_stages",
     "ivtlr_naive",
     "ivtlr_plan",
+    "ivtlr_published",
     "ivtlr_stock",
     "lvr_data",
     "lvr_decoding",

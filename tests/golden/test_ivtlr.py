@@ -8,4 +8,5 @@ reads `FOLDER/ivtlr`; a file that the set lacks yields no test. The tests are in
 from tests.golden.ivtlr_data import *  # noqa: F403
 from tests.golden.ivtlr_naive import *  # noqa: F403
 from tests.golden.ivtlr_plan import *  # noqa: F403
+from tests.golden.ivtlr_published import *  # noqa: F403
 from tests.golden.ivtlr_stages import *  # noqa: F403
