@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, GenerationConfig
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from tests.naive_staged import NaiveBackbone, NaiveChameleon, NaiveQwenVL, NaiveStaged, naive_staged
-from tests.test_matrix import BACKBONES, left_pad
+from tests.test_matrix import BACKBONES, Prefer, left_pad
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 6
@@ -91,7 +91,7 @@ class Cell:
     def generate(self, numbers: list[int] | None = None, **options: Any) -> Any:
         """`generate` on some of the rows; all by default."""
         numbers = list(range(len(self.scenario.rows))) if numbers is None else numbers
-        pad = BACKBONES[self.backbone].ids().PAD
+        pad, banned = BACKBONES[self.backbone].ids().PAD, placeholders(self)
         steps = [self.scenario.steps[number] for number in numbers]
         settings = {
             "latent_strategy": "staged",
@@ -101,6 +101,8 @@ class Cell:
             "do_sample": False,
             "return_dict_in_generate": True,
             "output_logits": True,
+            # No placeholder is written: without a cache, and by the naive schedule, it would be read as an image.
+            "logits_processor": LogitsProcessorList([Prefer(*banned, by=-1e4)] if banned else []),
             "generation_config": GenerationConfig(eos_token_id=eos_of(self), pad_token_id=pad),
         }
         inputs = left_pad([self.row(number) for number in numbers], pad)
@@ -144,10 +146,14 @@ def eos_of(cell: Cell) -> int:
     return written[-1]
 
 
+def placeholders(cell: Cell) -> list[int]:
+    return list(BACKBONES[cell.backbone].ids().PLACEHOLDERS)
+
+
 def allowed(cell: Cell, logits: torch.Tensor) -> torch.Tensor:
     """Scores without the ids that text may not write."""
     config = cell.model.config
-    banned = [config.latent_token_id, config.latent_patch_token_id, config.latent_start_token_id]
+    banned = [config.latent_token_id, config.latent_patch_token_id, config.latent_start_token_id, *placeholders(cell)]
     return logits.index_fill(-1, torch.tensor(banned), -float("inf"))
 
 
