@@ -3,10 +3,11 @@
 This folder is what the Hub carries with a model.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_latent import (
     LATENT_METHODS,
+    LatentCausalLMConfig,
     LatentChameleonConfig,
     LatentConfigMixin,
     LatentMethod,
@@ -39,12 +40,14 @@ from .latent_strategies import (
 )
 from .latent_trace import LatentSpan, LatentTrace
 from .loading_latent import load_latent_model
+from .modeling_latent_causal_lm import LatentCausalLM, LatentCausalLMModel
 from .modeling_latent_chameleon import LatentChameleonForConditionalGeneration, LatentChameleonModel
 from .modeling_latent_qwen2_5_vl import LatentQwen2_5_VLForConditionalGeneration, LatentQwen2_5_VLModel
 from .modeling_latent_qwen2_vl import LatentQwen2VLForConditionalGeneration, LatentQwen2VLModel
 from .modeling_latent_qwen3_vl import LatentQwen3VLForConditionalGeneration, LatentQwen3VLModel
 from .processing_latent import LatentProcessor
 from .processing_latent_chameleon import LatentChameleonProcessor
+from .processing_latent_text import LatentTextProcessor
 
 for _config, _model in LATENT_CLASSES.values():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -53,6 +56,7 @@ for _config, _model in LATENT_CLASSES.values():
     AutoProcessor.register(_config, latent_processor_class(_config.model_type), exist_ok=True)
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModelForImageTextToText")
+AutoModelForCausalLM.register(LatentCausalLMConfig, LatentCausalLM, exist_ok=True)
 for _processor in {LatentProcessor, *LATENT_PROCESSORS.values()}:
     _processor.register_for_auto_class()
 
@@ -64,6 +68,9 @@ __all__ = [
     "LATENT_PROCESSORS",
     "LATENT_STRATEGIES",
     "STOP_RULES",
+    "LatentCausalLM",
+    "LatentCausalLMConfig",
+    "LatentCausalLMModel",
     "LatentCausalLMOutputWithPast",
     "LatentChameleonConfig",
     "LatentChameleonForConditionalGeneration",
@@ -86,6 +93,7 @@ __all__ = [
     "LatentSpan",
     "LatentStep",
     "LatentStrategy",
+    "LatentTextProcessor",
     "LatentTrace",
     "capture_attention_rows",
     "convert_stock_checkpoint",

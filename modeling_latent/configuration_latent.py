@@ -45,6 +45,7 @@ class LatentMethod:
         source: paper.
         aliases: names of strategies in the published code of this method, where they differ from the table's.
         published: layout of its published checkpoints, where that is not the stock one with another tokenizer.
+        init_token: token whose embedding and LM head rows the added tokens start with, where the tokenizer has it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class LatentMethod:
     source: str = ""
     aliases: dict[str, str] = field(default_factory=dict)
     published: PublishedLayout | None = None
+    init_token: str | None = None
 
 
 LATENT_METHODS: dict[str, LatentMethod] = {}
@@ -139,6 +141,7 @@ register_latent_method(
         name="ivtlr",
         tokens={**_STEP_TOKENS, "patch": "<|latent-patch|>"},
         generation={"latent_strategy": "staged", "num_latent_steps": 3, "num_latent_patches": 32},
+        init_token="<<",
         source="Reasoning in the Dark: Interleaved Vision-Text Reasoning in Latent Space, arXiv 2510.12603",
     )
 )
@@ -152,6 +155,7 @@ register_latent_method(
             "num_latent_patches": 0,
             "latent_markers": True,
         },
+        init_token="<<",
         source="Training Large Language Models to Reason in a Continuous Latent Space, arXiv 2412.06769",
     )
 )

@@ -1,13 +1,17 @@
 """From a stock or published checkpoint folder to a latent model in one call."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
+from .causal_lm_check import check_causal_lm, is_causal_lm
 from .configuration_latent import (
     LATENT_TOKEN_FIELDS,
+    LatentCausalLMConfig,
     LatentChameleonConfig,
     LatentQwen2_5_VLConfig,
     LatentQwen2VLConfig,
@@ -17,21 +21,34 @@ from .configuration_latent import (
     published_method,
 )
 from .generation_latent import saved_generation_config
+from .modeling_latent_causal_lm import LatentCausalLM
 from .modeling_latent_chameleon import LatentChameleonForConditionalGeneration
 from .modeling_latent_qwen2_5_vl import LatentQwen2_5_VLForConditionalGeneration
 from .modeling_latent_qwen2_vl import LatentQwen2VLForConditionalGeneration
 from .modeling_latent_qwen3_vl import LatentQwen3VLForConditionalGeneration
 from .processing_latent import LatentProcessor
 from .processing_latent_chameleon import LatentChameleonProcessor
+from .processing_latent_text import LatentTextProcessor
 
 LATENT_CLASSES: dict[str, tuple[type, type[PreTrainedModel]]] = {
     "qwen2_vl": (LatentQwen2VLConfig, LatentQwen2VLForConditionalGeneration),
     "qwen2_5_vl": (LatentQwen2_5_VLConfig, LatentQwen2_5_VLForConditionalGeneration),
     "qwen3_vl": (LatentQwen3VLConfig, LatentQwen3VLForConditionalGeneration),
     "chameleon": (LatentChameleonConfig, LatentChameleonForConditionalGeneration),
+    "causal_lm": (LatentCausalLMConfig, LatentCausalLM),
 }
 # Families with a processor of their own.
-LATENT_PROCESSORS: dict[str, type[ProcessorMixin]] = {"chameleon": LatentChameleonProcessor}
+LATENT_PROCESSORS: dict[str, type[ProcessorMixin]] = {
+    "chameleon": LatentChameleonProcessor,
+    "causal_lm": LatentTextProcessor,
+}
+
+
+def latent_family(model_type: str) -> str:
+    """Key in `LATENT_CLASSES` of a stock or latent `model_type`: every causal language model of text alone (Llama,
+    Qwen3, GPT-2, ...) is `"causal_lm"`. A family without a latent class is returned as it is."""
+    family = model_type.removeprefix("latent_")
+    return "causal_lm" if family not in LATENT_CLASSES and is_causal_lm(family) else family
 
 
 def latent_classes(model_type: str, source: str) -> tuple[type, type[PreTrainedModel]]:
@@ -40,17 +57,18 @@ def latent_classes(model_type: str, source: str) -> tuple[type, type[PreTrainedM
     Raises:
         ValueError: a family without a latent class.
     """
-    if model_type not in LATENT_CLASSES:
+    family = latent_family(model_type)
+    if family not in LATENT_CLASSES:
         raise ValueError(
             f"{source} is a {model_type!r} checkpoint; latent classes exist for {sorted(LATENT_CLASSES)}. "
-            "Choose a checkpoint of one of these families"
+            "Choose a checkpoint of one of these families ('causal_lm': Llama, Qwen, GPT-2 and their like)"
         )
-    return LATENT_CLASSES[model_type]
+    return LATENT_CLASSES[family]
 
 
 def latent_processor_class(model_type: str) -> type[ProcessorMixin]:
     """Processor class of a family, by the stock or the latent `model_type`."""
-    return LATENT_PROCESSORS.get(model_type.removeprefix("latent_"), LatentProcessor)
+    return LATENT_PROCESSORS.get(latent_family(model_type), LatentProcessor)
 
 
 def convert_stock_checkpoint(
@@ -60,6 +78,7 @@ def convert_stock_checkpoint(
     revision: str | None = None,
     weights: bool = True,
     latent_fields: dict[str, Any] | None = None,
+    init_token: str | None = "method",
     **model_kwargs: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a stock checkpoint as a latent model with the method's marker tokens.
@@ -76,17 +95,19 @@ def convert_stock_checkpoint(
         weights: `False` builds the model on the meta device from its configuration; no weight is read or downloaded.
         latent_fields: latent fields of the configuration that win over the method's, e.g. `{"latent_head": "simple",
             "latent_stop_vector": True}`; what the folder lacks is drawn at random.
+        init_token: token whose rows of the embedding and of the LM head the added tokens start with. Default: that of
+            the method, if the tokenizer has it as one token (Coconut and IVT-LR: `"<<"`); `None`: no token.
         model_kwargs: for `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Returns:
         `(model, processor)`, ready to train, to `save_pretrained` and to `push_to_hub`. Embedding rows are added only
-        when the tokenizer has outgrown the vocabulary (card: nothing is resized for the 3B and 7B models); added rows
-        are drawn as the model initialises embeddings.
+        when the tokenizer has outgrown the vocabulary (card: nothing is resized for the 3B and 7B models). Without an
+        `init_token` they are drawn as the model initialises embeddings, and rows that were there stay.
 
     Raises:
-        ValueError: a family without a latent class, a folder without a configuration, one that is latent already, or
-            a published one of another method, with other token ids than its tokenizer, or with tensors that do not
-            fit its configuration.
+        ValueError: a family without a latent class, a folder without a configuration, one that is latent already, an
+            `init_token` that is no token of the tokenizer, or a published folder of another method, with other token
+            ids than its tokenizer, or with tensors that do not fit its configuration.
     """
     stock_config = _read_config(name_or_path, revision)
     published = published_method(stock_config)
@@ -103,10 +124,14 @@ def convert_stock_checkpoint(
             f"{name_or_path} is a latent model already (method {stock_config.latent_method!r}); load it with AutoModel"
         )
     config_class, model_class = latent_classes(stock_config.model_type, str(name_or_path))
+    if latent_family(stock_config.model_type) == "causal_lm":
+        check_causal_lm(stock_config, str(name_or_path))
+    new_tokens = 0
     if processor is None:
         processor = latent_processor_class(stock_config.model_type).from_pretrained(
             name_or_path, revision=revision or "main", latent_tokens=entry.tokens
         )
+        new_tokens = processor.added_latent_tokens
     config = config_class.from_stock(
         stock_config,
         method=method,
@@ -125,8 +150,49 @@ def convert_stock_checkpoint(
     if len(processor.tokenizer) > model.config.get_text_config().vocab_size:  # a weight of ZeRO-3 has no rows here
         with torch.no_grad():
             model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    if weights and published is None:
+        start = entry.init_token if init_token == "method" else init_token
+        copy_token_rows(model, processor.tokenizer, start, new_tokens, required=init_token != "method")
     model.generation_config = saved_generation_config(model.generation_config, **entry.generation)
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model, processor
+
+
+def copy_token_rows(model: PreTrainedModel, tokenizer: Any, token: str | None, number: int, *, required: bool) -> None:
+    """Give the last `number` tokens of a tokenizer the rows of another token, in the embedding and in the LM head.
+
+    Args:
+        token: that other token; `None`: nothing is copied.
+        required: refuse what is no token; else nothing is copied then.
+
+    Raises:
+        ValueError: `required`, and the tokenizer has no such token.
+    """
+    ids = [] if token is None else tokenizer.encode(token, add_special_tokens=False)
+    if required and token is not None and len(ids) != 1:
+        raise ValueError(
+            f"init_token={token!r} is {len(ids)} tokens of this tokenizer; choose a string that is one, or None"
+        )
+    if len(ids) != 1 or number == 0:
+        return
+    weights = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    for weight in weights[:1] if weights[0] is weights[1] else weights:
+        with whole_parameter(weight), torch.no_grad():
+            weight[len(tokenizer) - number : len(tokenizer)] = weight[ids]
+
+
+@contextmanager
+def whole_parameter(parameter: torch.nn.Parameter) -> Iterator[None]:
+    """A parameter with all its rows, to be changed alike on all processes: ZeRO-3 keeps a part of it on each."""
+    is_part = hasattr(parameter, "ds_id")
+    if is_part:
+        parameter.all_gather()
+    try:
+        yield
+    finally:
+        if is_part:
+            parameter.partition(has_been_updated=True)
 
 
 def _check_token_ids(published: Any, config: Any, layout: PublishedLayout, name: str) -> None:

@@ -39,6 +39,7 @@ class LatentTokensMixin(LatentDecodingMixin):
         latent_tokens: role to token string, in the order of the ids. The roles are `"start"` and `"end"` (they open
             and close a span), `"slot"` (a position fed by a vector) and, where a method inserts image embeddings into
             the span, `"patch"`; where it writes a token between the last slot and the end, `"latent_end"`.
+        added_latent_tokens: how many of them the tokenizer did not have; they are its last ones.
     """
 
     valid_processor_kwargs = LatentProcessorKwargs
@@ -69,7 +70,7 @@ class LatentTokensMixin(LatentDecodingMixin):
                 use in this tokenizer.
         """
         self.latent_tokens = _checked_latent_tokens(latent_tokens)
-        self.add_latent_tokens()
+        self.added_latent_tokens = self.add_latent_tokens()
         self.tokenizer.padding_side = "left"
         # `from_pretrained` hands its arguments to the tokenizer too, which would save this one a second time.
         self.tokenizer.init_kwargs.pop("latent_tokens", None)

@@ -278,10 +278,12 @@ def test_a_folder_without_config_is_named(run: Run, tmp_path: Path) -> None:
 def test_another_family_is_named(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "config.json").write_text(
-        json.dumps({"model_type": "qwen2", "architectures": ["Qwen2Model"]})
+        json.dumps({"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]})
     )
     families = re.escape(str(sorted(LATENT_CLASSES)))
-    with pytest.raises(ValueError, match=f"text is a 'qwen2' checkpoint; latent classes exist for {families}"):
+    with pytest.raises(
+        ValueError, match=f"text is a 'clip_text_model' checkpoint; latent classes exist for {families}"
+    ):
         run("--model_name_or_path", tmp_path / "text")
 
 

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
 )
@@ -254,10 +256,12 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="empty has no config.json; give a folder written by save_pretrained or a"):
         convert_stock_checkpoint(empty)
     shape: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, num_attention_heads=1, **shape))
-    llama.save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match=r"llama is a 'llama' checkpoint; latent classes exist for .*'qwen2_5_vl', "):
-        convert_stock_checkpoint(tmp_path / "llama")
+    BertModel(BertConfig(vocab_size=8, num_attention_heads=1, **shape)).save_pretrained(tmp_path / "masked")
+    with pytest.raises(ValueError, match=r"masked is a 'bert' checkpoint, whose head is no plain matrix, so latents"):
+        convert_stock_checkpoint(tmp_path / "masked")
+    CLIPTextModel(CLIPTextConfig(vocab_size=8, num_attention_heads=1, **shape)).save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match=r"clip is a 'clip_text_model' checkpoint; latent classes exist for .*'qwen2"):
+        convert_stock_checkpoint(tmp_path / "clip")
     (empty / "config.json").write_text("{")
     with pytest.raises(OSError, match="empty/config.json' is not a valid JSON file"):
         convert_stock_checkpoint(empty)
