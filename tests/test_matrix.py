@@ -21,11 +21,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from tests.latent import ScriptProcessor, eager_assistant, latent_token_ids, tiny_pair
 from tests.naive import NaiveResult, naive_generate
-from tests.tiny import FAMILIES, tiny_processor, tiny_prompts
+from tests.tiny import CHAMELEON, FAMILIES, tiny_processor, tiny_prompts
 
 TOLERANCE = 1e-4
 PER_ROW = ("max_latent_steps", "num_latent_steps")
-SCALE = 6.0
+# By which the weights are multiplied; one that multiplies the rounding of Chameleon less.
+SCALE, CHAMELEON_SCALE = 6.0, 2.0
 NO_HYPOTHESIS = (
     -1e6
 )  # the stock beam search fills up with such scores where a script leaves fewer sequences than beams
@@ -35,15 +36,15 @@ NO_HYPOTHESIS = (
 
 
 class Ids(NamedTuple):
-    """Token ids that the scenarios are written with; they differ between vocabularies."""
+    """Token ids that the scenarios are written with; they differ between vocabularies. `PLACEHOLDERS` are those that
+    text may not write: without a cache they would be read as images."""
 
     SLOT: int
     START: int
     END: int
     EOS: int
     PAD: int
-    IMAGE: int
-    VIDEO: int
+    PLACEHOLDERS: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -79,22 +80,26 @@ def chat_rows(family: str) -> list[dict[str, torch.Tensor]]:
 @cache
 def chat_ids(family: str) -> Ids:
     tokenizer = tiny_processor(family).tokenizer
-    placeholders = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    return Ids(*latent_token_ids(family).values(), tokenizer.eos_token_id, tokenizer.pad_token_id, *placeholders)
+    placeholders = tokenizer.convert_tokens_to_ids(
+        ["<image>"] if family == CHAMELEON else ["<|image_pad|>", "<|video_pad|>"]
+    )
+    last = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return Ids(*latent_token_ids(family).values(), *last, tuple(placeholders))
 
 
-def naive_qwen(model: torch.nn.Module, row: dict[str, torch.Tensor], **options: Any) -> NaiveResult:
+def naive(model: torch.nn.Module, row: dict[str, torch.Tensor], **options: Any) -> NaiveResult:
     return naive_generate(model, row["input_ids"], row.get("pixel_values"), row.get("image_grid_thw"), **options)
 
 
-def qwen(family: str) -> Backbone:
+def with_images(family: str, scale: float = SCALE) -> Backbone:
     def pair(seed: int, head: str | None) -> tuple[torch.nn.Module, torch.nn.Module]:
-        return tiny_pair(seed, SCALE, family, head)
+        return tiny_pair(seed, scale, family, head)
 
-    return Backbone(pair, partial(chat_rows, family), partial(chat_ids, family), naive_qwen)
+    return Backbone(pair, partial(chat_rows, family), partial(chat_ids, family), naive)
 
 
-BACKBONES = {family: qwen(family) for family in FAMILIES}
+BACKBONES = {family: with_images(family) for family in FAMILIES}
+BACKBONES[CHAMELEON] = with_images(CHAMELEON, CHAMELEON_SCALE)
 
 
 # Second axis: strategies, each with scenarios
@@ -364,8 +369,8 @@ class Cell:
 
     @property
     def processors(self) -> list[LogitsProcessor]:
-        """Those of the scenario, and one that writes no placeholder: without a cache it would be read as an image."""
-        return [*self.scenario.processors, Prefer(self.ids.IMAGE, self.ids.VIDEO, by=-1e4)]
+        """Those of the scenario, and one that writes no placeholder."""
+        return [*self.scenario.processors, Prefer(*self.ids.PLACEHOLDERS, by=-1e4)]
 
     def process(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """The scores after all processors."""
@@ -457,7 +462,8 @@ def assert_same(cell: Cell, output: Any, number: int, expected: NaiveResult) -> 
     assert trace.latent_mask[number, start:].tolist() == expected.is_latent + [False] * (len(new) - length), name
     assert not trace.latent_mask[number, :start].any(), name
     if trace.position_ids is not None:
-        positions = trace.position_ids[-3:, number, start : start + length - 1].T
+        positions = trace.position_ids if trace.position_ids.dim() == 3 else trace.position_ids[None]
+        positions = positions[-3:, number, start : start + length - 1].T
         assert positions.tolist() == [position.tolist() for position in expected.positions], name
     steps = [step for step, is_latent in enumerate(expected.is_latent) if is_latent]
     dense = {

@@ -1,6 +1,7 @@
 """Tiny parts shared by the tests: processor, stock model, images and a batch. Built once, handed out as copies.
 
-Everything exists for each family of `trainers.tiny.TINY_FAMILIES`; the default is Qwen2.5-VL.
+Everything exists for the Qwen-VL families, those of `trainers.tiny.TINY_FAMILIES`, and for Chameleon; the default is
+Qwen2.5-VL.
 """
 
 import copy
@@ -8,34 +9,44 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
-from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from modeling_latent.processing_latent import LatentProcessor
-from trainers import tiny
+from trainers import tiny, tiny_chameleon
 from trainers.tiny import DEFAULT_FAMILY, TINY_FAMILIES
 
 FAMILIES = tuple(TINY_FAMILIES)
+CHAMELEON = "chameleon"
 LASER_TOKENS = {"start": "<|laser_start|>", "slot": "<|laser|>", "end": "<|laser_end|>"}
 
 
 @lru_cache
-def _processor(family: str) -> LatentProcessor:
+def _processor(family: str) -> ProcessorMixin:
+    if family == CHAMELEON:
+        return tiny_chameleon.build_tiny_chameleon_processor(latent_tokens=LASER_TOKENS)
     return tiny.build_tiny_processor(latent_tokens=LASER_TOKENS, family=family)
 
 
 @lru_cache
 def _stock_model(seed: int, tie_word_embeddings: bool, family: str) -> PreTrainedModel:
-    return tiny.build_tiny_stock_model(tiny_config(tie_word_embeddings, family), seed)
+    config = tiny_config(tie_word_embeddings, family)
+    if family != CHAMELEON:
+        return tiny.build_tiny_stock_model(config, seed)
+    model = tiny_chameleon.build_tiny_chameleon_stock_model(config, seed)
+    model.generation_config.eos_token_id = [config.eos_token_id, config.pad_token_id]  # two ends, as in the others
+    return model
 
 
-def tiny_processor(family: str = DEFAULT_FAMILY) -> LatentProcessor:
-    """A processor with the marker tokens of LASER; an image of 80 x 60 pixels is 2 tokens."""
+def tiny_processor(family: str = DEFAULT_FAMILY) -> ProcessorMixin:
+    """A processor with the marker tokens of LASER; an image of 80 x 60 pixels is 2 tokens, 16 of Chameleon."""
     return copy.deepcopy(_processor(family))
 
 
 def tiny_config(tie_word_embeddings: bool = False, family: str = DEFAULT_FAMILY) -> PreTrainedConfig:
     """A stock configuration with the token ids and the vocabulary of [`tiny_processor`]: hidden 64, 2 layers."""
-    return tiny.tiny_config(family, None, _processor(family).tokenizer, tie_word_embeddings=tie_word_embeddings)
+    tokenizer = _processor(family).tokenizer
+    if family == CHAMELEON:
+        return tiny_chameleon.tiny_chameleon_config(None, tokenizer, tie_word_embeddings=tie_word_embeddings)
+    return tiny.tiny_config(family, None, tokenizer, tie_word_embeddings=tie_word_embeddings)
 
 
 def tiny_stock_model(
@@ -73,7 +84,7 @@ def tiny_prompts() -> list[list[dict]]:
     ]
 
 
-def tiny_inputs(processor: LatentProcessor | None = None, family: str = DEFAULT_FAMILY) -> BatchFeature:
+def tiny_inputs(processor: ProcessorMixin | None = None, family: str = DEFAULT_FAMILY) -> BatchFeature:
     """[`tiny_prompts`] as one batch of tensors, padded on the left, ready for `model.generate(**inputs)`."""
     processor = processor or _processor(family)
     return processor.apply_chat_template(
