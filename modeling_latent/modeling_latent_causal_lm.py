@@ -82,6 +82,7 @@ class LatentCausalLMModel(LatentPlanMixin, LatentInputsMixin, LatentCausalLMPreT
                 "inputs_embeds": inputs_embeds,
                 "use_cache": use_cache,
                 "latent_embeds": latent_embeds,
+                "latent_mask": latent_mask,
             }
             return run_plan(self, latent_plan, {**given, **kwargs})
         embeds = self.embed_with_latents(input_ids, inputs_embeds, latent_embeds, latent_mask)

@@ -66,6 +66,7 @@ class LatentChameleonModel(LatentPlanMixin, LatentInputsMixin, ChameleonModel):
                 "use_cache": use_cache,
                 "mm_encoder_outputs": mm_encoder_outputs,
                 "latent_embeds": latent_embeds,
+                "latent_mask": latent_mask,
             }
             return run_plan(self, latent_plan, {**given, **kwargs})
         embeds = self.embed_with_latents(input_ids, inputs_embeds, latent_embeds, latent_mask)
