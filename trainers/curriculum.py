@@ -161,6 +161,9 @@ class StagedBatches(Protocol):
     def finish(self, prepared: MutableMapping[str, Any], epoch: int) -> dict[str, torch.Tensor]:
         """The batch of the current stage, from what [`prepare`] made; entries that are not its own are kept."""
 
+    def facts(self) -> dict[str, Any]:
+        """What batches follow from beside the stage, to be compared when a run is resumed."""
+
 
 class _Preparing:
     """The collator of the training loader: the first half."""
@@ -188,6 +191,8 @@ class CurriculumTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("args") or next((arg for arg in args if hasattr(arg, "curriculum")), None)
         self.curriculum = given.curriculum() if hasattr(given, "curriculum") else None
+        if self.curriculum is not None:
+            _check_collator(kwargs.get("data_collator"))
         super().__init__(*args, **kwargs)
         if self.curriculum is None:
             return
@@ -196,12 +201,6 @@ class CurriculumTrainer(Trainer):
         self.add_callback(_StageBorders(self))
 
     def _check_curriculum(self) -> None:
-        missing = [name for name in ("stage", "prepare", "finish") if not hasattr(self.data_collator, name)]
-        if missing:
-            raise ValueError(
-                f"{type(self.data_collator).__name__} has no {', '.join(missing)}, which a curriculum needs (see "
-                "StagedBatches); leave data_collator out"
-            )
         data = self.train_dataset
         in_epochs = self.curriculum.unit == "epoch" and not self.curriculum.is_one_stage
         if data is not None and in_epochs and not has_length(data):
@@ -214,7 +213,7 @@ class CurriculumTrainer(Trainer):
 
     def _loop_facts(self) -> dict[str, Any]:
         facts = super()._loop_facts()
-        return facts if self.curriculum is None else {**facts, **self.curriculum.facts()}
+        return facts if self.curriculum is None else {**facts, **self.curriculum.facts(), **self.data_collator.facts()}
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
         values = super().set_initial_training_values(args, dataloader)
@@ -251,9 +250,20 @@ class CurriculumTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.curriculum is not None:
-            logs["stage" if self.model.training else "eval_stage"] = self.data_collator.stage
+        if self.curriculum is not None and "loss" in logs:
+            logs["stage"] = self.data_collator.stage
+        elif self.curriculum is not None and "train_runtime" not in logs:
+            logs["eval_stage"] = self.data_collator.stage
         super().log(logs, start_time)
+
+
+def _check_collator(collator: Any) -> None:
+    missing = [name for name in ("stage", "prepare", "finish", "facts") if not hasattr(collator, name)]
+    if missing:
+        raise ValueError(
+            f"{type(collator).__name__} has no {', '.join(missing)}, which a curriculum needs (see StagedBatches); "
+            "leave data_collator out"
+        )
 
 
 class _StageBorders(TrainerCallback):

@@ -112,6 +112,10 @@ class StagedCollator:
         """The training batch of the current stage, other stages mixed in, from what [`prepare`] made."""
         return self._batch(prepared, epoch)
 
+    def facts(self) -> dict[str, Any]:
+        """What draws of other stages follow from, beside the seed: compared when a run is resumed."""
+        return {"uniform_prob": self.uniform_prob}
+
     def _batch(self, prepared: Mapping[str, Any], epoch: int | None) -> dict[str, Any]:
         examples = [self._laid_out(record, epoch) for record in prepared[PREPARED]]
         batch = pad_batch(examples, self.processor.tokenizer.pad_token_id, self.pad_to_multiple_of or 1)
@@ -131,10 +135,11 @@ class StagedCollator:
             return
         if lacks_patches(self.layout, latents, record.num_image_tokens):
             self._said = True
+            source, row, identity = record.name
             logger.warning(
-                "num_latent_patches=%s: %s latents of %s ask for %s image embeddings and it has %s; all are inserted, "
-                "the last latents get fewer or none (said once)",
-                self.layout.num_patches, latents, " ".join(map(str, record.name)),
+                "num_latent_patches=%s: the %s latents of %s, row %s (id %r) ask for %s image embeddings, and it has "
+                "%s; all are inserted, the last latents get fewer or none (said once)",
+                self.layout.num_patches, latents, source, row, identity,
                 latents * self.layout.num_patches, record.num_image_tokens,
             )  # fmt: skip
 
