@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from modeling_latent import LatentTrace
 from trainers.data.records import Record, open_image, record_from_row
 
 
@@ -20,7 +21,8 @@ class Prediction:
         text: the text, latents hidden.
         latent_path: the text with every span shown as what its slots would have said.
         num_latent_steps: slots fed.
-        num_tokens: generated positions in all: slots, markers and text up to the end of the turn.
+        num_tokens: generated positions in all: slots, markers and text up to the end of the turn; inserted image
+            embeddings do not count.
         closed_by: stop rule of each span, `"open"` when the budget ended it.
     """
 
@@ -123,13 +125,15 @@ def _predict_batch(
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options)
     start = inputs["input_ids"].shape[1]
     new = output.sequences[:, start:]
-    texts = processor.batch_decode(new, skip_special_tokens=True)
     trace = output.get("latent_trace")
+    text_ids = new if trace is None else new[:, trace.prompt_length - start :]
+    texts = processor.batch_decode(text_ids, skip_special_tokens=True)
     if trace is None:
         return [
             Prediction(record["id"], text.strip(), text.strip(), 0, _length(ids, processor), ())
             for record, text, ids in zip(records, texts, new, strict=True)
         ]
+    new = _without_prompt(new, trace, start, processor)
     paths = processor.batch_decode_latent(new, trace.readable_sequences[:, start:], trace.latent_mask[:, start:])
     steps = trace.num_latent_steps.tolist()
     reasons = [tuple(span.reason for span in trace.spans if span.row == row) for row in range(len(records))]
@@ -139,7 +143,18 @@ def _predict_batch(
     ]
 
 
+def _without_prompt(
+    new: torch.LongTensor, trace: LatentTrace, start: int, processor: ProcessorMixin
+) -> torch.LongTensor:
+    """The ids from `start` on, padding in place of the end of a prompt that has fewer slots laid out behind it than
+    others of its batch."""
+    markers = torch.tensor([processor.latent_start_token_id, processor.latent_end_token_id], device=new.device)
+    behind = torch.arange(new.shape[1], device=new.device) >= trace.prompt_length - start
+    kept = behind | trace.latent_mask[:, start:] | torch.isin(new, markers)
+    return torch.where(kept, new, processor.tokenizer.pad_token_id)
+
+
 def _length(ids: torch.LongTensor, processor: ProcessorMixin) -> int:
-    """Generated positions without the padding after the end of the turn."""
-    pad = processor.tokenizer.pad_token_id
-    return int((ids != pad).sum())
+    """Generated positions without the padding after the end of the turn and without inserted image embeddings."""
+    left_out = [processor.tokenizer.pad_token_id, processor.latent_patch_token_id]
+    return sum(token not in left_out for token in ids.tolist())

@@ -11,10 +11,12 @@ from evaluation.benchmarks.mazes import evaluate_mazes
 from evaluation.runner import Prediction, build_prompt, predict
 from evaluation.statistics import wilson_interval
 from modeling_latent import LatentProcessor, LatentQwen2_5_VLForConditionalGeneration
+from modeling_latent.configuration_latent import LATENT_METHODS, LATENT_TOKEN_FIELDS
 from tests.latent import liven, tiny_latent_model
 from tests.tiny import tiny_images, tiny_processor, tiny_stock_model
 from trainers.data.mazes import chance_level, maze_dataset, maze_of_record
 from trainers.data.records import Record, RecordError, make_record, record_from_row
+from trainers.tiny import build_tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,23 @@ def alone(model: Any, processor: LatentProcessor, record: Record, **options: Any
 
 
 # Prediction -----------------------------------------------------------------------------------------------------
+
+
+def test_slots_behind_prompts_of_one_batch_with_images_of_different_sizes(records: list[Record]) -> None:
+    """Blocks are shorter where an image has fewer tokens; no part of a prompt is taken for what was written."""
+    processor = build_tiny_processor(latent_tokens=LATENT_METHODS["ivtlr"].tokens)
+    ids = {name: getattr(processor, name) for name in LATENT_TOKEN_FIELDS}
+    model = liven(tiny_latent_model(latent_method="ivtlr", **ids))
+    options = {"latent_strategy": "staged", "num_latent_steps": 2, "num_latent_patches": 3, "max_new_tokens": 5}
+    chosen = [record for record in records if record["images"]]
+    together = predict(model, processor, chosen, batch_size=50, **options)
+    assert together == predict(model, processor, chosen, batch_size=1, **options)
+    for record, prediction in zip(chosen, together, strict=True):
+        assert prediction.num_latent_steps == 2 and 2 < prediction.num_tokens <= 7
+        assert "patch" in prediction.latent_path
+        assert record["question"][:6] not in prediction.text
+    lengths = {prediction.latent_path.split("patch")[0][-3:] for prediction in together}
+    assert len(lengths) > 1, "all blocks have one length: this tests nothing"
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
