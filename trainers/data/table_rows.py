@@ -25,24 +25,18 @@ _FILES = (".json", ".jsonl", ".ndjson", ".parquet")
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a parquet file, a part of the file at a time.
+    """Rows of a parquet file, streamed.
 
     Raises:
         RecordError: when it is no parquet file, or damaged.
     """
-    import pyarrow
-    from pyarrow import parquet
+    from datasets import load_dataset
 
-    row = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for value in batch.to_pylist():
-                    yield row, value
-                    row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = f"not a readable parquet file after row {row - 1} ({error}); fetch it again" if row else str(error)
-        raise RecordError(path, None, f"not a readable parquet file ({reason}); fetch it again") from error
+        table = load_dataset("parquet", data_files=os.fspath(path), split="train", streaming=True)
+        yield from enumerate(_undecoded(table))
+    except (OSError, ValueError) as error:  # what Arrow raises is one of the two
+        raise RecordError(path, None, f"not a readable parquet file ({error}); fetch it again") from error
 
 
 def open_table(source: Any, split: str | None = None, image_folder: str | os.PathLike | None = None) -> Source:

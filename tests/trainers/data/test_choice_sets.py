@@ -247,7 +247,9 @@ def test_a_picture_that_is_none_costs_its_row(folder: Path) -> None:
             {**Dataset.from_list([m3cot()]).features, "image": {"bytes": Value("binary"), "path": Value("string")}}
         ),
     )
-    for source in (table, table.cast_column("image", ImageFeature())):
+    pictures = table.cast_column("image", ImageFeature())
+    pictures.to_parquet(folder / "data.parquet")
+    for source in (table, pictures, folder / "data.parquet"):
         records, report = read(read_m3cot, source)
         assert "row 1: the bytes of 'image' are no picture" in report.summary()
         first, cut = records
