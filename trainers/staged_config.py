@@ -145,6 +145,11 @@ class StagedSFTConfig(LatentSFTConfig):
     def _fill_defaults(self) -> None:
         """What depends on the method."""
         generation = get_latent_method(self.latent_method or "ivtlr").generation
+        if generation.get("latent_strategy") != "staged":
+            raise ValueError(
+                f"latent_method={self.latent_method!r} lays out no latents by stage; take its own configuration, or "
+                "latent_method: ivtlr or coconut"
+            )
         inserts = generation.get("num_latent_patches") or 0
         if self.num_latent_patches is None:
             self.num_latent_patches = inserts
@@ -187,15 +192,13 @@ class StagedSFTConfig(LatentSFTConfig):
         self.layout()
 
     def _check_batches(self) -> None:
-        planned = {"latent_packing": self.latent_packing, "enable_dynamic_batch": self.enable_dynamic_batch}
-        for name, value in planned.items():
-            if value:
-                why = (
-                    "a plan of segments reads one sample a row"
-                    if name == "latent_packing"
-                    else "lengths change by stage"
-                )
-                raise ValueError(f"{name}={value!r} is not for a staged method: {why}; leave it out")
+        reasons = {
+            "latent_packing": "a plan of segments reads one sample a row",
+            "enable_dynamic_batch": "the lengths of samples change from stage to stage",
+        }
+        for name, why in reasons.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not for a curriculum: {why}; leave it out")
 
     def format(self) -> StagedFormat:
         """How a record is written."""
