@@ -1,4 +1,4 @@
-"""IVT-LR and Coconut in the trainer: loss and gradients of the plain forward, batches equal rows, controls, refusals."""
+"""IVT-LR and Coconut in the trainer: loss, gradients, batches and rows, controls, and what the options refuse."""
 
 import copy
 from pathlib import Path
