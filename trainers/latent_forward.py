@@ -143,11 +143,24 @@ def trl_forward(model: PreTrainedModel) -> Callable:
     check_trl_fused_head()
     if "forward" not in vars(model):
         raise RuntimeError("model.forward was not wrapped by TRL's add_fused_lm_head; build the trainer first")
+    fused_forward = model.forward
+    if hasattr(model.get_output_embeddings(), "bias"):
+        return fused_forward
+    _show_bias(model)
+
+    @functools.wraps(fused_forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        _show_bias(model)
+        return fused_forward(*args, **kwargs)
+
+    return forward
+
+
+def _show_bias(model: PreTrainedModel) -> None:
+    """PEFT's trainable tokens wrap the head: it has the merged weight but no bias, and TRL reads both. A head may make
+    its bias anew from its weight (Chameleon), on the device where that is now, so it is asked each time."""
     head = model.get_output_embeddings()
-    if not hasattr(head, "bias"):
-        # PEFT's trainable tokens wrap a tied head: it has the merged weight but no bias, and TRL reads both.
-        head.bias = getattr(head.original_module, "bias", None)
-    return model.forward
+    head.bias = getattr(head.original_module, "bias", None)
 
 
 def check_plain_logits(config: PreTrainedConfig) -> None:
