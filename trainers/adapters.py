@@ -20,11 +20,11 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from modeling_latent import LatentProcessor
 
-# Every projection of the language model; the vision tower has layers of some of these names, too.
-LANGUAGE_MODEL_PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-# What a quantised base keeps in full precision: the vision tower is small and sees every pixel, the fused losses
+# Every projection of the language model; a vision tower and a latent head have layers of some of these names, too.
+LANGUAGE_MODEL_PROJECTIONS = r"(?!.*\bvisual\.).*\blayers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
+# What a quantised base keeps in full precision: the image encoder is small and sees every pixel, the fused losses
 # multiply with the weight of the LM head, a latent head makes the vectors that are fed back.
-KEPT_UNQUANTISED = ["model.visual", "lm_head", "latent_head"]
+KEPT_UNQUANTISED = ["model.visual", "model.vqmodel", "lm_head", "latent_head"]
 _ADAPTER_OPTIONS = ("lora_", "use_rslora", "use_dora")
 
 

@@ -29,7 +29,7 @@ from .sft_trainer import LatentSFTTrainer
 # Parts of a model by the first of these that occurs in the name of a parameter.
 _PARTS = {
     "adapter": ("lora_", "trainable_tokens", "modules_to_save"),
-    "vision tower": ("visual.",),
+    "vision tower": ("visual.", "vqmodel."),
     "latent head": ("latent_head.",),
     "embedding": ("embed_tokens.",),
     "LM head": ("lm_head.",),

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 def part_of(name: str) -> str:
     """`"vision"`, `"merger"`, `"latent head"` or `"main"`: the part of the model that a parameter belongs to, by its
-    dotted name. The vector that ends a span belongs to the main part, as in the published code.
+    dotted name. The VQ encoder of Chameleon is its vision tower; no gradient reaches it. The vector that ends a span
+    belongs to the main part, as in the published code.
 
     Example:
         >>> part_of("model.visual.blocks.0.norm1.weight"), part_of("base_model.model.model.visual.merger.mlp.0.bias")
@@ -45,6 +46,8 @@ def part_of(name: str) -> str:
     pieces = name.split(".")
     if "latent_head" in pieces:
         return "latent head"
+    if "vqmodel" in pieces:
+        return "vision"
     if "visual" not in pieces:
         return "main"
     below = pieces[pieces.index("visual") + 1 :]
