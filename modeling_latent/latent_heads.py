@@ -82,11 +82,16 @@ class GluLatentHead(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        size = getattr(config, "latent_head_size", None) or config.intermediate_size
+        size = getattr(config, "latent_head_size", None) or _inner_width(config)
         self.gate_proj = nn.Linear(config.hidden_size, size)
         self.up_proj = nn.Linear(config.hidden_size, size)
         self.down_proj = nn.Linear(size, config.hidden_size)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = ACT2FN[getattr(config, "hidden_act", None) or config.activation_function]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def _inner_width(config: PreTrainedConfig) -> int:
+    """Width of the decoder between two hidden states; GPT-2 has another name for it, and a default."""
+    return getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size

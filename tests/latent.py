@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from modeling_latent import LATENT_CLASSES
-from tests.tiny import tiny_processor, tiny_stock_model
+from modeling_latent.conversion_latent import latent_classes
+from tests.tiny import TEXT_FAMILIES, tiny_processor, tiny_stock_model
 from trainers.tiny import DEFAULT_FAMILY
 
 
@@ -24,19 +24,30 @@ def latent_token_ids(family: str = DEFAULT_FAMILY) -> dict[str, int]:
 
 
 @lru_cache
-def _latent_model(seed: int, tie_word_embeddings: bool, family: str, fields: str) -> PreTrainedModel:
+def _latent_model(seed: int, tie_word_embeddings: bool | None, family: str, fields: str) -> PreTrainedModel:
     stock = tiny_stock_model(seed, tie_word_embeddings, family)
-    config_class, model_class = LATENT_CLASSES[family]
+    config_class, model_class = latent_classes(family, family)
     config = config_class.from_stock(stock.config, **{**latent_token_ids(family), **json.loads(fields)})
     model = model_class(config)
-    missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
+    missing, unexpected = model.load_state_dict(named_as_latent(stock), strict=False)
     assert not unexpected and all(name.startswith(("latent_head.", "latent_stop_vector.")) for name in missing)
     model.generation_config = copy.deepcopy(stock.generation_config)
     return model.eval()
 
 
+def named_as_latent(stock: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of a stock model by the names of the latent class, which holds a text model as `language_model`."""
+    if stock.config.model_type not in TEXT_FAMILIES:
+        return stock.state_dict()
+    prefix = f"{stock.base_model_prefix}."
+    return {
+        f"model.language_model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name: tensor
+        for name, tensor in stock.state_dict().items()
+    }
+
+
 def tiny_latent_model(
-    seed: int = 0, tie_word_embeddings: bool = False, family: str = DEFAULT_FAMILY, **fields: Any
+    seed: int = 0, tie_word_embeddings: bool | None = None, family: str = DEFAULT_FAMILY, **fields: Any
 ) -> PreTrainedModel:
     """The stock model of the same arguments as a latent model in evaluation mode, float32; a copy for every caller.
 

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tests.latent import ScriptProcessor, eager_assistant, latent_token_ids, tiny_pair
 from tests.naive import NaiveResult, naive_generate
-from tests.tiny import CHAMELEON, FAMILIES, tiny_processor, tiny_prompts
+from tests.tiny import CHAMELEON, FAMILIES, TEXT_FAMILIES, tiny_processor, tiny_prompts
 
 TOLERANCE = 1e-4
 PER_ROW = ("max_latent_steps", "num_latent_steps")
@@ -78,11 +78,17 @@ def chat_rows(family: str) -> list[dict[str, torch.Tensor]]:
 
 
 @cache
+def text_rows(family: str) -> list[dict[str, torch.Tensor]]:
+    """Three prompts without image, written as they are: a base model has no chat."""
+    texts = ("What is it?", "Is the path safe? Answer with the option's letter.", "Which option is right? Yes, it is.")
+    return [dict(tiny_processor(family)(text=text, return_tensors="pt")) for text in texts]
+
+
+@cache
 def chat_ids(family: str) -> Ids:
     tokenizer = tiny_processor(family).tokenizer
-    placeholders = tokenizer.convert_tokens_to_ids(
-        ["<image>"] if family == CHAMELEON else ["<|image_pad|>", "<|video_pad|>"]
-    )
+    placeholders = [] if family in TEXT_FAMILIES else ["<|image_pad|>", "<|video_pad|>"]
+    placeholders = tokenizer.convert_tokens_to_ids(["<image>"] if family == CHAMELEON else placeholders)
     last = tokenizer.eos_token_id, tokenizer.pad_token_id
     return Ids(*latent_token_ids(family).values(), *last, tuple(placeholders))
 
@@ -91,15 +97,17 @@ def naive(model: torch.nn.Module, row: dict[str, torch.Tensor], **options: Any) 
     return naive_generate(model, row["input_ids"], row.get("pixel_values"), row.get("image_grid_thw"), **options)
 
 
-def with_images(family: str, scale: float = SCALE) -> Backbone:
+def tiny_backbone(family: str, scale: float = SCALE) -> Backbone:
     def pair(seed: int, head: str | None) -> tuple[torch.nn.Module, torch.nn.Module]:
         return tiny_pair(seed, scale, family, head)
 
-    return Backbone(pair, partial(chat_rows, family), partial(chat_ids, family), naive)
+    rows = text_rows if family in TEXT_FAMILIES else chat_rows
+    return Backbone(pair, partial(rows, family), partial(chat_ids, family), naive)
 
 
-BACKBONES = {family: with_images(family) for family in FAMILIES}
-BACKBONES[CHAMELEON] = with_images(CHAMELEON, CHAMELEON_SCALE)
+# Of the text models, one with learned positions and one with rotary ones.
+BACKBONES = {family: tiny_backbone(family) for family in (*FAMILIES, "gpt2", "llama")}
+BACKBONES[CHAMELEON] = tiny_backbone(CHAMELEON, CHAMELEON_SCALE)
 
 
 # Second axis: strategies, each with scenarios
@@ -116,7 +124,7 @@ class Prefer(LogitsProcessor):
     """Adds to the scores of some ids; by default so much that the id wins."""
 
     def __init__(self, *tokens: int, by: float = 1e4) -> None:
-        self.tokens = torch.tensor(tokens)
+        self.tokens = torch.tensor(tokens, dtype=torch.long)
         self.by = by
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -721,9 +729,10 @@ def traced_decode(backbone: str, strategy: str) -> None:
     compiled_decode(backbone, strategy, "eager")
 
 
-# Rows of a family: the strategies of LVR differ from the others around the layers only, so one family has them.
+# Rows of a family: the strategies of LVR differ from the others around the layers only, so one family with images has
+# them, and one without.
 CELLS = [(backbone, strategy) for backbone in BACKBONES for strategy in STRATEGIES]
-CELLS += [("qwen2_5_vl", strategy) for strategy in LVR_STRATEGIES]
+CELLS += [(backbone, strategy) for backbone in ("qwen2_5_vl", "gpt2") for strategy in LVR_STRATEGIES]
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)

@@ -1,7 +1,7 @@
 """Tiny parts shared by the tests: processor, stock model, images and a batch. Built once, handed out as copies.
 
-Everything exists for the Qwen-VL families, those of `trainers.tiny.TINY_FAMILIES`, and for Chameleon; the default is
-Qwen2.5-VL.
+Everything exists for the Qwen-VL families (`trainers.tiny.TINY_FAMILIES`), for Chameleon, and without images for the
+kinds of `trainers.tiny_text.TINY_TEXT_FAMILIES`; the default is Qwen2.5-VL.
 """
 
 import copy
@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from trainers import tiny, tiny_chameleon
+from trainers import tiny, tiny_chameleon, tiny_text
 from trainers.tiny import DEFAULT_FAMILY, TINY_FAMILIES
 
 FAMILIES = tuple(TINY_FAMILIES)
 CHAMELEON = "chameleon"
+TEXT_FAMILIES = tuple(tiny_text.TINY_TEXT_FAMILIES)
 LASER_TOKENS = {"start": "<|laser_start|>", "slot": "<|laser|>", "end": "<|laser_end|>"}
 
 
@@ -23,12 +24,16 @@ LASER_TOKENS = {"start": "<|laser_start|>", "slot": "<|laser|>", "end": "<|laser
 def _processor(family: str) -> ProcessorMixin:
     if family == CHAMELEON:
         return tiny_chameleon.build_tiny_chameleon_processor(latent_tokens=LASER_TOKENS)
+    if family in TEXT_FAMILIES:
+        return tiny_text.build_tiny_text_processor(family, latent_tokens=LASER_TOKENS)
     return tiny.build_tiny_processor(latent_tokens=LASER_TOKENS, family=family)
 
 
 @lru_cache
-def _stock_model(seed: int, tie_word_embeddings: bool, family: str) -> PreTrainedModel:
+def _stock_model(seed: int, tie_word_embeddings: bool | None, family: str) -> PreTrainedModel:
     config = tiny_config(tie_word_embeddings, family)
+    if family in TEXT_FAMILIES:
+        return tiny_text.build_tiny_text_stock_model(config, seed)
     if family != CHAMELEON:
         return tiny.build_tiny_stock_model(config, seed)
     model = tiny_chameleon.build_tiny_chameleon_stock_model(config, seed)
@@ -41,16 +46,21 @@ def tiny_processor(family: str = DEFAULT_FAMILY) -> ProcessorMixin:
     return copy.deepcopy(_processor(family))
 
 
-def tiny_config(tie_word_embeddings: bool = False, family: str = DEFAULT_FAMILY) -> PreTrainedConfig:
-    """A stock configuration with the token ids and the vocabulary of [`tiny_processor`]: hidden 64, 2 layers."""
+def tiny_config(tie_word_embeddings: bool | None = None, family: str = DEFAULT_FAMILY) -> PreTrainedConfig:
+    """A stock configuration with the token ids and the vocabulary of [`tiny_processor`]: hidden 64, 2 layers.
+
+    Embedding and LM head are tied when asked for, and in those text models that are published so."""
     tokenizer = _processor(family).tokenizer
+    if family in TEXT_FAMILIES:
+        rows = len(tokenizer) + 8  # the last one is free in every family
+        return tiny_text.tiny_text_config(family, rows, tokenizer, tie_word_embeddings=tie_word_embeddings)
     if family == CHAMELEON:
-        return tiny_chameleon.tiny_chameleon_config(None, tokenizer, tie_word_embeddings=tie_word_embeddings)
-    return tiny.tiny_config(family, None, tokenizer, tie_word_embeddings=tie_word_embeddings)
+        return tiny_chameleon.tiny_chameleon_config(None, tokenizer, tie_word_embeddings=bool(tie_word_embeddings))
+    return tiny.tiny_config(family, None, tokenizer, tie_word_embeddings=bool(tie_word_embeddings))
 
 
 def tiny_stock_model(
-    seed: int = 0, tie_word_embeddings: bool = False, family: str = DEFAULT_FAMILY
+    seed: int = 0, tie_word_embeddings: bool | None = None, family: str = DEFAULT_FAMILY
 ) -> PreTrainedModel:
     """A random stock model of [`tiny_config`] in evaluation mode, float32; the same weights for the same seed."""
     return copy.deepcopy(_stock_model(seed, tie_word_embeddings, family))
