@@ -75,6 +75,7 @@ class LatentChameleonProcessor(LatentTokensMixin, LatentImagesMixin, ChameleonPr
 
     valid_processor_kwargs = LatentChameleonProcessorKwargs
     return_for_text_completion = True
+    text_kwargs: dict[str, Any] = {}  # ids are lists unless `return_tensors` is given, as of every latent processor
 
     def __init__(
         self,
