@@ -19,6 +19,7 @@ import pytest
 for _part in (
     *(f"laser_{name}" for name in ("batching", "data", "decoding", "losses")),
     "ivtlr_chameleon",
+    "ivtlr_coconut",
     "ivtlr_data",
     "ivtlr_stages",
     "ivtlr_naive",

@@ -6,6 +6,7 @@ reads `FOLDER/ivtlr`; a file that the set lacks yields no test. The tests are in
 """
 
 from tests.golden.ivtlr_chameleon import *  # noqa: F403
+from tests.golden.ivtlr_coconut import *  # noqa: F403
 from tests.golden.ivtlr_data import *  # noqa: F403
 from tests.golden.ivtlr_naive import *  # noqa: F403
 from tests.golden.ivtlr_plan import *  # noqa: F403
