@@ -145,7 +145,7 @@ def generated(model: LatentCausalLM, ids: list[int], entry: dict[str, Any], **op
 def test_coconut_generates_the_tokens(number: int, coconut: LatentCausalLM) -> None:
     """On a prompt that holds its slots, and on one that `generate` lays them out behind; the first token is not asked
     whether it ends the text, as in the reference, and a cache saves every further pass over the whole."""
-    entry, ids = PROMPTS[number], COCONUT["token_ids"]
+    entry = PROMPTS[number]
     prompt, steps = entry["prompt_ids"], entry["n_latent"]
     laid_out = {} if steps else {"num_latent_steps": 0}
     new, passes = generated(coconut, prompt, entry, latent_strategy="staged", latent_markers=False, **laid_out)
