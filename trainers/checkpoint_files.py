@@ -51,6 +51,32 @@ def complete_checkpoints(run: str | os.PathLike) -> list[Path]:
     return [folder for folder in list_checkpoints(run) if not missing_parts(folder)]
 
 
+def checkpoint_of_epoch(run: str | os.PathLike, epoch: int) -> Path:
+    """The newest complete checkpoint of a run that was written at the end of an epoch.
+
+    Args:
+        run: output folder.
+        epoch: how many epochs are behind.
+
+    Raises:
+        ValueError: there is none; lists the epochs that there are.
+    """
+    found = {}
+    for folder in complete_checkpoints(run):
+        state, _ = _json(Path(folder) / "trainer_state.json")
+        found[folder] = state.get("epoch")
+    match = [folder for folder, behind in found.items() if behind is not None and abs(behind - epoch) < 1e-6]
+    if not match:
+        there = ", ".join(
+            f"{folder.name} (epoch {behind:g})" for folder, behind in found.items() if behind is not None
+        )
+        raise ValueError(
+            f"{run} has no complete checkpoint of epoch {epoch}; there are: {there or 'none'}. Save one at the end of "
+            "every epoch (save_strategy: epoch) or stage (save_stage_ends: true)"
+        )
+    return match[-1]
+
+
 def holds_weights(folder: str | os.PathLike) -> bool:
     """Whether a checkpoint is complete, or lacks only what `save_only_model` leaves out."""
     problems = missing_parts(folder)

@@ -9,7 +9,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
 from modeling_latent import LATENT_HEADS, LatentProcessor, get_latent_method, load_latent_model
-from modeling_latent.configuration_latent import HEAD_TIMINGS, LATENT_TOKEN_FIELDS, published_method
+from modeling_latent.configuration_latent import (
+    HEAD_TIMINGS,
+    LATENT_TOKEN_FIELDS,
+    ROPE_POSITIONS,
+    published_method,
+)
 from modeling_latent.loading_latent import adapter_settings
 
 from .adapters import build_peft_config, continue_adapter, quantisation_options
@@ -17,7 +22,14 @@ from .data.boxes import checked_option
 from .optimizer_groups import part_of
 
 # Options that are fields of the latent configuration; `None` takes what the checkpoint or the method says.
-LATENT_OPTIONS = ("latent_head", "latent_head_size", "latent_head_timing", "latent_stop_vector", "patch_embed_fp32")
+LATENT_OPTIONS = (
+    "latent_head",
+    "latent_head_size",
+    "latent_head_timing",
+    "latent_stop_vector",
+    "patch_embed_fp32",
+    "rope_positions",
+)
 _LATENT_PARTS = ("latent_head", "latent_stop_vector")
 
 
@@ -57,6 +69,13 @@ class LatentModelConfig(ModelConfig):
         default=None,
         metadata={"help": "Patch embedding as a matrix product in float32, not a 3-D convolution; default: false."},
     )
+    rope_positions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Positions in a Qwen-VL model: 'mrope', or 'flat' (published IVT-LR: the plain index, of image "
+            "tokens too); default: as the checkpoint, else 'mrope'."
+        },
+    )
     min_pixels: int | None = field(
         default=None, metadata={"help": "Least number of pixels of an image after resizing."}
     )
@@ -70,6 +89,8 @@ class LatentModelConfig(ModelConfig):
             checked_option("latent_head", self.latent_head, sorted(LATENT_HEADS))
         if self.latent_head_timing is not None:
             checked_option("latent_head_timing", self.latent_head_timing, HEAD_TIMINGS)
+        if self.rope_positions is not None:
+            checked_option("rope_positions", self.rope_positions, ROPE_POSITIONS)
         size = self.latent_head_size
         if size is not None and (not isinstance(size, int) or size < 1 or self.latent_head == "simple"):
             raise ValueError(
@@ -235,7 +256,15 @@ def set_pixels(processor: LatentProcessor, min_pixels: int | None, max_pixels: i
             raise ValueError(
                 f"{name}={value} must be at least 1 (an area in pixels); leave it out for the model's own"
             )
-    size = dict(processor.image_processor.size)
+    given = [name for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if value is not None]
+    if not given:
+        return
+    size = dict(getattr(getattr(processor, "image_processor", None), "size", None) or {})
+    if "longest_edge" not in size:
+        raise ValueError(
+            f"{given[0]} bounds the area of the images of a Qwen-VL model; {type(processor).__name__} has no such "
+            "bound, leave it out"
+        )
     size["shortest_edge"] = min_pixels or size["shortest_edge"]
     size["longest_edge"] = max_pixels or size["longest_edge"]
     if size["shortest_edge"] > size["longest_edge"]:

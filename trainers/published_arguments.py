@@ -1,8 +1,9 @@
-"""Arguments of the published LVR scripts as ours, on the command line and in YAML files (arXiv 2509.24251).
+"""Arguments of published scripts as ours, on the command line and in YAML files.
 
-Both stages: the supervised one (`"sft"`) and GRPO_latent (`"grpo"`). A name that is ours too passes unchanged; an old
-or published name becomes our field; a dead one is refused, with what to write instead. The table
-(`published_table.py`) is also that of `hub_configs/methods/lvr.md`.
+LVR (arXiv 2509.24251), both stages: the supervised one (`"sft"`) and GRPO_latent (`"grpo"`); IVT-LR and Coconut (arXiv
+2510.12603, 2412.06769; `"staged"`). A name that is ours too passes unchanged; an old or published name becomes our
+field; a dead one is refused, with what to write instead. The tables (`published_table.py`,
+`published_staged_table.py`) are also those of `hub_configs/methods/lvr.md` and `ivtlr.md`.
 """
 
 import logging
@@ -12,10 +13,13 @@ from typing import Any
 
 from trl import TrlParser
 
-from .published_table import BOTH, PUBLISHED_ARGUMENTS, STAGES, PublishedArgument
+from .published_rows import PublishedArgument
+from .published_staged_table import STAGED_ARGUMENTS
+from .published_table import BOTH, PUBLISHED_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 _LOGGED: set[str] = set()
+_TABLES = {"sft": PUBLISHED_ARGUMENTS, "grpo": PUBLISHED_ARGUMENTS, "staged": STAGED_ARGUMENTS}
 
 
 def arguments_of(stage: str) -> dict[str, PublishedArgument]:
@@ -24,9 +28,9 @@ def arguments_of(stage: str) -> dict[str, PublishedArgument]:
     Raises:
         ValueError: an unknown stage.
     """
-    if stage not in STAGES:
-        raise ValueError(f"unknown stage {stage!r}; choose one of {list(STAGES)}")
-    return {row.name: row for row in PUBLISHED_ARGUMENTS if stage in row.stages}
+    if stage not in _TABLES:
+        raise ValueError(f"unknown stage {stage!r}; choose one of {list(_TABLES)}")
+    return {row.name: row for row in _TABLES[stage] if stage in row.stages}
 
 
 def translate_settings(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
@@ -88,7 +92,7 @@ class PublishedParser(TrlParser):
 
     Args:
         dataclass_types: as for `TrlParser`.
-        stage: `"sft"` or `"grpo"`.
+        stage: `"sft"`, `"grpo"` or `"staged"`.
     """
 
     def __init__(self, dataclass_types: Any, stage: str, **kwargs: Any) -> None:
@@ -104,8 +108,16 @@ class PublishedParser(TrlParser):
         return super().set_defaults_with_config(**translate_settings(kwargs, self.stage))
 
 
+def staged_argument_table() -> list[str]:
+    """The table of IVT-LR and Coconut as Markdown lines, as in `hub_configs/methods/ivtlr.md`."""
+    lines = ["| published key | here | effect |", "|---|---|---|"]
+    return lines + [
+        f"| `{row.name}` | {f'`{row.ours}`' if row.ours else 'none'} | {row.effect} |" for row in STAGED_ARGUMENTS
+    ]
+
+
 def argument_table() -> list[str]:
-    """The table as Markdown lines, as in `hub_configs/methods/lvr.md`."""
+    """The table of LVR as Markdown lines, as in `hub_configs/methods/lvr.md`."""
     lines = ["| published argument | stage | here | effect |", "|---|---|---|---|"]
     for row in PUBLISHED_ARGUMENTS:
         stage = "both" if row.stages == BOTH else row.stages[0]
@@ -156,6 +168,7 @@ __all__ = [
     "PublishedParser",
     "argument_table",
     "arguments_of",
+    "staged_argument_table",
     "translate_arguments",
     "translate_settings",
 ]

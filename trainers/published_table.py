@@ -3,77 +3,17 @@
 Source: method card of LVR, sections 5.1, 5.2 and 5.6. How it is used: `published_arguments.py`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
+
+from .published_rows import PublishedArgument
+from .published_rows import chosen as _chosen
+from .published_rows import dead as _dead
+from .published_rows import renamed as _renamed
+from .published_rows import same as _same
 
 STAGES = ("sft", "grpo")
 BOTH, SFT, GRPO = STAGES, ("sft",), ("grpo",)
-# `(value, all settings of the same source)` to our settings; raises ValueError with the remedy alone.
-Translation = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class PublishedArgument:
-    """One row of the table.
-
-    Args:
-        name: of the published scripts.
-        stages: that have it.
-        ours: the field here; `""` where there is none.
-        effect: what it does here, for the method page.
-        translate: `None` where name and values are ours already.
-    """
-
-    name: str
-    stages: tuple[str, ...]
-    ours: str
-    effect: str
-    translate: Translation | None = None
-
-
-# Kinds of rows ------------------------------------------------------------------------------------------------------
-
-
-def _same(name: str, stages: tuple[str, ...], effect: str) -> PublishedArgument:
-    return PublishedArgument(name, stages, name, effect)
-
-
-def _renamed(
-    name: str, stages: tuple[str, ...], ours: str, effect: str, convert: Callable[[Any], Any] | None = None
-) -> PublishedArgument:
-    """Our name for the same thing; `None`, the published default of many, leaves ours as it is."""
-
-    def translate(value: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {} if value is None else {ours: value if convert is None else convert(value)}
-
-    return PublishedArgument(name, stages, ours, effect, translate)
-
-
-def _chosen(
-    name: str, stages: tuple[str, ...], ours: str, effect: str, values: Mapping[Any, dict[str, Any]]
-) -> PublishedArgument:
-    """A fixed set of values, each with settings of ours."""
-
-    def translate(value: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-        if not isinstance(value, bool | str | None) or value not in values:
-            raise ValueError(f"choose one of {list(values)}")
-        return dict(values[value])
-
-    return PublishedArgument(name, stages, ours, effect, translate)
-
-
-def _dead(
-    name: str, stages: tuple[str, ...], effect: str, remedy: str, harmless: tuple[Any, ...] = (None,)
-) -> PublishedArgument:
-    """No field here: dropped at values that changed nothing in the published code either, else refused."""
-
-    def translate(value: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-        if value in harmless:
-            return {}
-        raise ValueError(remedy)
-
-    return PublishedArgument(name, stages, "", effect, translate)
 
 
 # Rows of their own --------------------------------------------------------------------------------------------------
@@ -236,4 +176,4 @@ PUBLISHED_ARGUMENTS: tuple[PublishedArgument, ...] = (
 )  # fmt: skip
 
 
-__all__ = ["BOTH", "PUBLISHED_ARGUMENTS", "STAGES", "PublishedArgument"]
+__all__ = ["BOTH", "PUBLISHED_ARGUMENTS"]

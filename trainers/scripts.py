@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl import TrlParser
 
 from .adapters import quantised_bits
+from .data.graphs import graph_dataset, graph_stream
 from .data.mazes import maze_dataset, maze_stream, published_identities
 from .data.records import Record, RecordReport, records_to_dataset
 from .dry_run import dry_run_report, dry_run_settings
@@ -19,6 +20,7 @@ from .model_loading import LatentModelConfig
 MAZES = Path(__file__).resolve().parents[1] / "hub_configs" / "maze-tiny"
 TINY_BASE = str(MAZES / "base")
 TABLE_OF_MAZES = 2000  # where an endless stream will not do
+TABLE_OF_GRAPHS = 2000
 
 
 @dataclass
@@ -74,6 +76,22 @@ def load_mazes(script: ScriptArguments, config: Any, stream: bool = True) -> tup
         train = maze_stream(split="train", num_shards=shards, **options)
     held_out = script.num_eval_mazes
     return train, maze_dataset(held_out, split="validation", **options) if held_out else None
+
+
+def load_graphs(script: ScriptArguments, config: Any, stream: bool = True) -> tuple[Any, Dataset | None]:
+    """Generated questions on graphs to train on, and held-out ones; `num_mazes`, `num_eval_mazes` and `maze_seed` say
+    how many and which.
+
+    Args:
+        stream: questions without end unless `num_mazes` is set; False: a table.
+    """
+    seed = config.seed if script.maze_seed is None else script.maze_seed
+    if script.num_mazes or not stream:
+        train = graph_dataset(script.num_mazes or TABLE_OF_GRAPHS, seed)
+    else:
+        train = graph_stream(seed, num_shards=config.world_size * max(1, config.dataloader_num_workers))
+    held_out = script.num_eval_mazes
+    return train, graph_dataset(held_out, seed, "validation") if held_out else None
 
 
 def load_table(read: Callable[[RecordReport], Iterable[Record]], max_bad_share: float) -> Dataset:

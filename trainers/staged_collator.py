@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 from .collators import completed_row, pixel_features
@@ -50,6 +51,8 @@ class StagedCollator:
         layout: how a stage is laid out.
         fmt: how a record is written, or the name of that.
         max_length: limit in tokens, see [`encode_staged`].
+        image_size: side of the square that every image is resized to before the image processor, on white where it is
+            transparent (published: 280 for Qwen2-VL); `None` leaves images as they are.
         patch_images: `"all"` or `"last"` images of a record have the tokens that blocks may copy.
         needs_images: refuse records without an image.
         needs_steps: refuse records without steps.
@@ -72,6 +75,7 @@ class StagedCollator:
     layout: StageLayout = field(default_factory=StageLayout)
     fmt: StagedFormat | str = "plain"
     max_length: int | str | None = "format"
+    image_size: int | None = None
     patch_images: str = "all"
     needs_images: bool = False
     needs_steps: bool = True
@@ -85,6 +89,8 @@ class StagedCollator:
             raise ValueError(
                 f"pad_to_multiple_of={self.pad_to_multiple_of!r} must be an integer of at least 1, or None"
             )
+        if self.image_size is not None and not is_count(self.image_size):
+            raise ValueError(f"image_size={self.image_size!r} must be an integer of at least 1, or None")
         self.tokens = stage_tokens(self.processor)
         if self.layout.num_patches and self.tokens.patch is None:
             raise ValueError(
@@ -101,12 +107,18 @@ class StagedCollator:
         records = [record_from_row(completed_row(row)) for row in rows]
         for record in records:
             self._check(record)
-        images = [open_image(image, record) for record in records for image in record["images"] or []]
+        images = [self._image(image, record) for record in records for image in record["images"] or []]
         features = pixel_features(self.processor, images, records)
         counts = iter(image_token_counts(self.processor, features, len(images)))
         per_record = [[next(counts) for _ in record["images"] or []] for record in records]
         made = [self._encoded(record, counts) for record, counts in zip(records, per_record, strict=True)]
         return {PREPARED: made, **features}
+
+    def _image(self, image: Any, record: Record) -> Image.Image:
+        if self.image_size is None:
+            return open_image(image, record)
+        side = (self.image_size, self.image_size)
+        return open_image(image, record, background="white").resize(side, Image.Resampling.BICUBIC)
 
     def finish(self, prepared: MutableMapping[str, Any], epoch: int) -> dict[str, torch.Tensor]:
         """The training batch of the current stage, other stages mixed in, from what [`prepare`] made."""

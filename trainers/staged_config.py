@@ -70,6 +70,13 @@ class StagedSFTConfig(LatentSFTConfig):
             "limit of the format; 0: none."
         },
     )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the square that every image is resized to first, on white (published for Qwen2-VL: 280); "
+            "default: images keep their shape."
+        },
+    )
     num_latent_patches: int | None = field(
         default=None,
         metadata={"help": "Image embeddings inserted at each latent (K). Default: 32; Coconut 0."},
@@ -188,6 +195,8 @@ class StagedSFTConfig(LatentSFTConfig):
         limit = self.max_staged_length
         if limit is not None and limit != 0 and not is_count(limit):
             raise ValueError(f"max_staged_length={limit!r} must be an integer of at least 1, or 0 for no limit")
+        if self.image_size is not None and not is_count(self.image_size):
+            raise ValueError(f"image_size={self.image_size!r} must be an integer of at least 1, or left out")
         self.format()
         self.layout()
 
@@ -267,6 +276,7 @@ class StagedSFTConfig(LatentSFTConfig):
             layout=self.layout(),
             fmt=self.format(),
             max_length="format" if self.max_staged_length is None else self.max_staged_length or None,
+            image_size=self.image_size,
             patch_images=self.latent_patch_images,
             needs_images=self.needs_images(),
             needs_steps=self.staged_mode != "no_cot",
