@@ -27,6 +27,7 @@ from .latent_strategies import (
     one_of,
     register_latent_option,
     register_latent_strategy,
+    token_ids,
 )
 
 logger = logging.get_logger(__name__)
@@ -39,6 +40,7 @@ for _option in (
     LatentOption("latent_patch_images", "all", one_of(*PATCH_IMAGES), "images that are looked at"),
     LatentOption("latent_vision_first", True, is_bool, "inserted embeddings stand before their slot"),
     LatentOption("latent_markers", False, is_bool, "write the start and the end marker around the slots"),
+    LatentOption("latent_suffix_ids", None, token_ids, "ids written behind the slots and their markers"),
     LatentOption("stop_on_first_token", True, is_bool,
                  "an end of turn right behind the slots ends the row; False: it does not, as published"),
 ):  # fmt: skip
@@ -152,7 +154,7 @@ def _laid_out(
     blocks = lay_out_blocks(steps, wanted, images, slot, patch, values.latent_vision_first)
     if values.latent_markers:
         blocks = [config.latent_start_token_id, *blocks, config.latent_end_token_id]
-    return tokens + blocks
+    return tokens + blocks + (values.latent_suffix_ids or [])
 
 
 def _blocks(count: int, images: int, config: Any, values: SimpleNamespace) -> list[int]:
@@ -303,6 +305,7 @@ register_latent_strategy(
             "latent_patch_images",
             "latent_vision_first",
             "latent_markers",
+            "latent_suffix_ids",
             "stop_on_first_token",
             "latent_ids",
             "latent_topk",

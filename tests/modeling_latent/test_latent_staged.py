@@ -48,6 +48,8 @@ def test_layout(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     start, end = model.config.latent_start_token_id, model.config.latent_end_token_id
     marked = staged(model, inputs, num_latent_steps=2, latent_markers=True)
     assert kept_ids(marked, 1)[-4:] == [start, slot, slot, end]
+    followed = staged(model, inputs, num_latent_steps=1, latent_suffix_ids=[7, 8])
+    assert kept_ids(followed, 1)[-3:] == [slot, 7, 8]
     spans = marked.latent_trace.spans
     assert [(span.length, span.reason) for span in spans] == [(2, "num_latent_steps")] * 2
     assert all(span.start == span.first - 1 and span.end == span.first + 2 for span in spans)
