@@ -16,28 +16,32 @@ import torch
 from modeling_latent import convert_stock_checkpoint
 from tests.hub import ROOT, LocalHub, run_python
 from tests.latent import liven
-from tests.tiny import FAMILIES, tiny_images, tiny_prompts
-from trainers.tiny import TINY_FAMILIES, save_tiny_stock_checkpoint
+from tests.tiny import CHAMELEON, FAMILIES, tiny_images, tiny_prompts
+from trainers.tiny import save_tiny_stock_checkpoint
+from trainers.tiny_chameleon import save_tiny_chameleon_checkpoint
 
 OUR_PACKAGES = ("modeling_latent", "trainers", "evaluation")
 SHARED = {
     "configuration_latent.py",
     "generation_latent.py",
+    "latent_attention.py",
+    "latent_blocks.py",
     "latent_decoding.py",
     "latent_head_class.py",
     "latent_heads.py",
     "latent_inputs.py",
     "latent_lvr.py",
-    "latent_patch_embed.py",
-    "latent_qwen_vl.py",
+    "latent_plan.py",
+    "latent_plan_types.py",
+    "latent_staged.py",
     "latent_state.py",
     "latent_strategies.py",
     "latent_tokens.py",
     "latent_trace.py",
-    "processing_latent.py",
     "processing_latent_images.py",
 }
-TRAVELLING = SHARED | {"modeling_latent_qwen2_5_vl.py"}
+QWEN = {"latent_patch_embed.py", "latent_qwen_vl.py", "processing_latent.py"}
+TRAVELLING = SHARED | QWEN | {"modeling_latent_qwen2_5_vl.py"}
 REPOSITORY = "org/tiny-latent"
 CALLS: dict[str, dict[str, Any]] = {
     "saved defaults": {},
@@ -145,23 +149,27 @@ def test_every_family(tmp_path: Path) -> None:
     (image,) = tiny_images(1)
     image.save(tmp_path / "image.png")
     cases, expected = {}, {}
-    for family in FAMILIES:
-        folder, stock_folder = (
-            tmp_path / family,
-            save_tiny_stock_checkpoint(tmp_path / f"stock-{family}", family=family),
-        )
+    for family in (*FAMILIES, CHAMELEON):
+        folder, stock_folder = tmp_path / family, tmp_path / f"stock-{family}"
+        own = QWEN
+        if family == CHAMELEON:
+            save_tiny_chameleon_checkpoint(stock_folder)
+            own = {"processing_latent_chameleon.py"}
+        else:
+            save_tiny_stock_checkpoint(stock_folder, family=family)
         model, processor = convert_stock_checkpoint(stock_folder)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         code = {path.name for path in folder.glob("*.py")}
-        assert code == SHARED | {f"modeling_latent_{family}.py"}
+        assert code == SHARED | own | {f"modeling_latent_{family}.py"}
         chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
         inputs = processor.apply_chat_template(
             chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
         )
         expected[family] = model.generate(**inputs, max_new_tokens=12, do_sample=False).tolist()
         assert expected[family][0].count(processor.latent_token_id) == 8
-        cases[family] = (str(folder), str(stock_folder), TINY_FAMILIES[family].model_class.__name__)
+        stock_name = type(model).__name__.removeprefix("Latent")
+        cases[family] = (str(folder), str(stock_folder), stock_name)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -169,7 +177,7 @@ def test_every_family(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "cases.json"), str(tmp_path / "image.png")]
     printed = run_python(FAMILY, *arguments, blocked=OUR_PACKAGES, env=environment, cwd=elsewhere)
     report = json.loads(printed.splitlines()[-1])
-    assert list(report) == list(FAMILIES)
+    assert list(report) == [*FAMILIES, CHAMELEON]
     for family, found in report.items():
         assert found["module"].startswith("transformers_modules.")
         assert found["ids"] == expected[family], family
