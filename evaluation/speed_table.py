@@ -74,14 +74,16 @@ def in_process(function: Measurement) -> Measurement:
 
 
 def in_fresh_process(function: Measurement, settings: Settings, arm: str) -> float:
-    """The measurement of one arm, by the script that defines `function`, in a process of its own.
+    """The measurement of one arm, by the script (or module of this package) that defines `function`, in a process of
+    its own.
 
     Raises:
         RuntimeError: the process failed.
     """
-    script = sys.modules[function.__module__].__file__
+    module = function.__module__
+    script = ["-m", module] if module.startswith(f"{__package__}.") else [sys.modules[module].__file__]
     call = {"function": function.__name__, "arm": arm, "settings": asdict(settings)}
-    return fresh_process([script, "--in_process", json.dumps(call)])
+    return fresh_process([*script, "--in_process", json.dumps(call)])
 
 
 def environment(settings: Settings) -> dict[str, Any]:
