@@ -14,7 +14,7 @@ from tests.tiny import FAMILIES, tiny_inputs, tiny_processor
 from trainers.tiny import TINY_FAMILIES
 
 HIDDEN, SCALE = 64, 6.0
-OURS = {"latent_embeds", "latent_mask"}
+OURS = {"latent_embeds", "latent_mask", "latent_plan"}
 VIDEO_GRID = torch.tensor([[2, 4, 4]])  # two frames of 2 x 2 tokens
 
 
