@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .collators import image_token_count
 from .data.records import RECORD_FIELDS, open_image, record_from_row
 from .grpo_trainer import LatentGRPOTrainer
 from .sft_trainer import LatentSFTTrainer
@@ -58,8 +59,9 @@ def batch_lines(trainer: LatentSFTTrainer, batch: FirstBatch) -> list[str]:
     latent = (labels != -100) & ~entropy
     latent[:, 0] = False
     fed = trainer.objective.fed_positions(ids) & mask
+    at_stage = "" if trainer.curriculum is None else f" (stage {trainer.data_collator.stage})"
     lines = [
-        f"first batch {len(ids)} samples of {ids.shape[1]} positions, {int((~mask).sum())} of them padding; "
+        f"first batch {len(ids)} samples of {ids.shape[1]} positions, {int((~mask).sum())} of them padding{at_stage}; "
         f"{int(entropy.sum())} labels in the cross entropy, {int(latent.sum())} rows in the latent loss"
     ]
     grids = iter(tensors["image_grid_thw"].tolist() if "image_grid_thw" in tensors else [])
@@ -70,11 +72,28 @@ def batch_lines(trainer: LatentSFTTrainer, batch: FirstBatch) -> list[str]:
             "",
             f"sample {index}    {_name(row)}: {number} tokens: {ce} cross entropy, {rows} latent loss, "
             f"{number - ce - rows} without a label; {int(fed[index].sum())} positions that are latents at inference",
-            *_image_lines(row, grids, processor.image_processor),
+            *_image_lines(row, grids, processor),
         ]
         both = entropy[index].tolist(), latent[index].tolist()
         kinds = ["c" if c else "l" if x else "-" for c, x in zip(*both, strict=True)]
         lines += _text_lines(ids[index].tolist(), kinds, mask[index].tolist(), processor)
+    return lines
+
+
+def stage_preview(trainer: LatentSFTTrainer, batch: FirstBatch, stages: Sequence[int]) -> list[str]:
+    """The first sample of a batch at other stages of a curriculum."""
+    if not stages:
+        return []
+    collator, lines = trainer.data_collator, []
+    now = collator.stage
+    for stage in stages:
+        collator.stage = stage
+        made = collator(batch.rows[:1])
+        labels = trainer.objective.ce_labels(made["input_ids"], made["labels"])[0].tolist()
+        kinds = ["-" if label == -100 else "c" for label in labels]
+        ids, mask = made["input_ids"][0].tolist(), made["attention_mask"][0].tolist()
+        lines += ["", f"sample 0 at stage {stage}", *_text_lines(ids, kinds, mask, trainer.processing_class)]
+    collator.stage = now
     return lines
 
 
@@ -95,7 +114,7 @@ def prompt_lines(trainer: LatentGRPOTrainer) -> list[str]:
     solution = row.get("assistant")
     return [
         f"first prompt {_name(row)}: {len(ids)} tokens",
-        *_image_lines(row, grids, processor.image_processor),
+        *_image_lines(row, grids, processor),
         f"  prompt        | {_folded(shown, processor)}",
         *([f"  solution      | {_folded(solution['content'], processor)}"] if solution else []),
     ]
@@ -110,16 +129,19 @@ def _record(row: Any) -> Any:
     return record_from_row({**dict.fromkeys(RECORD_FIELDS), "id": "", "question": "", "answer": "", **known})
 
 
-def _image_lines(row: Any, grids: Iterator[list[int]], image_processor: Any) -> list[str]:
+def _image_lines(row: Any, grids: Iterator[list[int]], processor: Any) -> list[str]:
+    """Size of each image, before and after the image processor, and its tokens."""
     record, lines = _record(row), []
     for number, image in enumerate(record["images"] or []):
         width, height = open_image(image, record).size
-        _, rows, columns = next(grids)
-        side = image_processor.patch_size
-        tokens = rows * columns // image_processor.merge_size**2
-        lines.append(
-            f"  image {number}       {width} x {height} pixels -> {columns * side} x {rows * side}, {tokens} tokens"
-        )
+        grid = next(grids, None)
+        if grid is None:  # every image is cut to one size
+            size, tokens = processor.image_processor.crop_size, processor.image_seq_length
+            columns, rows = size["width"], size["height"]
+        else:
+            side, tokens = processor.image_processor.patch_size, image_token_count(processor, grid)
+            columns, rows = grid[2] * side, grid[1] * side
+        lines.append(f"  image {number}       {width} x {height} pixels -> {columns} x {rows}, {tokens} tokens")
     return lines
 
 
@@ -133,12 +155,13 @@ def _text_lines(ids: list[int], kinds: list[str], mask: list[bool], processor: A
 
 
 def _folded(text: str, processor: Any) -> str:
-    """Newlines written out; a run of image or slot tokens as one token and its number."""
-    for token in (processor.image_token, processor.latent_tokens["slot"]):
+    """Newlines written out; a run of image, slot or inserted tokens as one token and its number."""
+    latent = (processor.latent_tokens.get(role) for role in ("slot", "patch"))
+    for token in filter(None, (getattr(processor, "image_token", None), *latent)):
         text = re.sub(
             f"(?:{re.escape(token)}){{2,}}", lambda run, token=token: f"{token}x{len(run[0]) // len(token)}", text
         )
     return text.replace("\n", "\\n")
 
 
-__all__ = ["FirstBatch", "batch_lines", "first_batch", "prompt_lines"]
+__all__ = ["FirstBatch", "batch_lines", "first_batch", "prompt_lines", "stage_preview"]

@@ -106,12 +106,9 @@ class LatentSFTCollator:
         index = roi_token_index(
             torch.from_numpy(np.concatenate(regions)),
             torch.tensor([len(region) for region in regions]),
-            torch.tensor([sum(self._num_tokens(grid) for grid in row) for row in grids]),
+            torch.tensor([sum(image_token_count(self.processor, grid) for grid in row) for row in grids]),
         )
         return torch.full(slots.shape, -1).masked_scatter(slots, index)
-
-    def _num_tokens(self, grid_thw: Sequence[int]) -> int:
-        return math.prod(grid_thw) // self.processor.image_processor.merge_size**2
 
     def record(self, row: Mapping[str, Any]) -> Any:
         """The record of a row, columns that it lacks filled in; for `latent_form="none"` without its spans."""
@@ -127,7 +124,7 @@ class LatentSFTCollator:
         """
         source, row = record_origin(record)
         turns, more = self._regions(record, grids_thw) if self.latent_form == "regions" else (self._turns(record), {})
-        counts = [self._num_tokens(grid) for grid in grids_thw]
+        counts = [image_token_count(self.processor, grid) for grid in grids_thw]
         try:
             return {**encode_conversation(turns, self.processor.tokenizer, counts, self._system_message), **more}
         except ValueError as error:
@@ -171,6 +168,11 @@ class LatentSFTCollator:
                 for turn in messages
             ]
         return {**record, "chain": None, "messages": messages}
+
+
+def image_token_count(processor: Any, grid_thw: Sequence[int]) -> int:
+    """Tokens of an image of so many patches (frames, rows, columns)."""
+    return math.prod(grid_thw) // processor.image_processor.merge_size**2
 
 
 def pixel_features(processor: Any, images: list[Image.Image], records: Sequence[Any]) -> dict[str, torch.Tensor]:

@@ -17,8 +17,9 @@ from transformers.trainer_utils import has_length
 from transformers.utils import is_bitsandbytes_available
 
 from .adapters import KEPT_UNQUANTISED
-from .batch_preview import FirstBatch, batch_lines, first_batch, prompt_lines
+from .batch_preview import FirstBatch, batch_lines, first_batch, prompt_lines, stage_preview
 from .configs import LatentSFTConfig
+from .curriculum import stage_lines
 from .data.dynamic_batching import BalancedBatches, ReferenceBatches, reference_batches
 from .dynamic_loader import data_seed
 from .grpo_config import LatentGRPOConfig
@@ -92,7 +93,9 @@ def dry_run_report(
     if isinstance(trainer, LatentGRPOTrainer):
         return "\n".join(lines + _rollout_lines(trainer, processes) + [""] + prompt_lines(trainer))
     batch = first_batch(trainer)
-    return "\n".join(lines + _step_lines(trainer, processes, batch) + [""] + batch_lines(trainer, batch))
+    steps, stages = _step_lines(trainer, processes, batch)
+    later = stage_preview(trainer, batch, stages[1:])
+    return "\n".join([*lines, *steps, "", *batch_lines(trainer, batch), *later])
 
 
 # Model ------------------------------------------------------------------------------------------------------------
@@ -181,7 +184,8 @@ def _quantised_weights(model: nn.Module) -> set[int]:
 # Steps ------------------------------------------------------------------------------------------------------------
 
 
-def _step_lines(trainer: LatentSFTTrainer, processes: int, batch: FirstBatch) -> list[str]:
+def _step_lines(trainer: LatentSFTTrainer, processes: int, batch: FirstBatch) -> tuple[list[str], list[int]]:
+    """Data, batches and schedule, and the stages of a curriculum."""
     args = trainer.args
     if trainer.train_batches is None:
         lines, samples, epoch = _plain_lines(trainer, processes, batch)
@@ -189,12 +193,24 @@ def _step_lines(trainer: LatentSFTTrainer, processes: int, batch: FirstBatch) ->
         lines, samples, epoch = packing_lines(trainer.packing_plan, processes)
     else:
         lines, samples, epoch = _dynamic_lines(trainer, processes)
-    return [_data_line(trainer), *lines, *_schedule_lines(args, samples, epoch)]
+    plan = [] if trainer.curriculum is None else _stages(trainer, epoch)
+    staged = [f"stages      {'; '.join(stage_lines(plan))}"] if plan else []
+    return [_data_line(trainer), *lines, *_schedule_lines(args, samples, epoch), *staged], [part[0] for part in plan]
+
+
+def _stages(trainer: LatentSFTTrainer, epoch: float) -> list[tuple[int, int, int]]:
+    """[`Curriculum.plan`] of the run, from the steps of an epoch."""
+    per_epoch = None if epoch == math.inf else math.ceil(epoch)
+    return trainer.curriculum.plan(_number_of_steps(trainer.args, epoch), per_epoch)
+
+
+def _number_of_steps(args: LatentSFTConfig | LatentGRPOConfig, epoch: float) -> int:
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
 
 
 def _schedule_lines(args: LatentSFTConfig | LatentGRPOConfig, samples: float, epoch: float) -> list[str]:
     """Steps and learning rate, from the mean samples of an optimiser step and the steps of an epoch."""
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    steps = _number_of_steps(args, epoch)
     share = "the data has no end" if epoch == math.inf else f"{steps / epoch:.2f} epochs of {epoch:,.0f} steps"
     warmup = args.get_warmup_steps(steps)
     return [

@@ -4,7 +4,6 @@ A batch is made in two halves (`curriculum.py`): images and token ids do not dep
 """
 
 import logging
-import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from .collators import completed_row, pixel_features
+from .collators import completed_row, image_token_count, pixel_features
 from .data.dynamic_batching import is_count
 from .data.llava_text import pad_batch
 from .data.records import Record, RecordError, open_image, record_from_row, record_origin
@@ -207,8 +206,7 @@ def stage_tokens(processor: Any) -> StageTokens:
 def image_token_counts(processor: Any, features: Mapping[str, torch.Tensor], num_images: int) -> list[int]:
     """Image tokens of each image of a batch, from the output of its image processor."""
     if "image_grid_thw" in features:
-        merge = processor.image_processor.merge_size**2
-        return [math.prod(grid) // merge for grid in features["image_grid_thw"].tolist()]
+        return [image_token_count(processor, grid) for grid in features["image_grid_thw"].tolist()]
     return [processor.image_seq_length] * num_images if num_images else []
 
 
