@@ -23,6 +23,7 @@ from .conversion_latent import (
     convert_stock_checkpoint,
     latent_processor_class,
 )
+from .conversion_published import convert_published_checkpoint
 from .generation_latent import LatentGenerationMixin, saved_generation_config
 from .latent_attention import capture_attention_rows
 from .latent_heads import LATENT_HEADS, register_latent_head
@@ -96,6 +97,7 @@ __all__ = [
     "LatentTextProcessor",
     "LatentTrace",
     "capture_attention_rows",
+    "convert_published_checkpoint",
     "convert_stock_checkpoint",
     "get_latent_method",
     "latent_processor_class",

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2VLForConditionalGeneration
 
+from modeling_latent import load_latent_model
 from modeling_latent.conversion_published import convert_published_checkpoint
 from modeling_latent.published_weights import read_published_weights
 from tests.hub import LocalHub
@@ -21,6 +22,12 @@ from trainers.tiny import (
     build_tiny_tokenizer,
     save_tiny_stock_checkpoint,
     tiny_config,
+)
+from trainers.tiny_text import (
+    build_tiny_text_stock_model,
+    build_tiny_text_tokenizer,
+    save_tiny_text_checkpoint,
+    tiny_text_config,
 )
 
 PREFIX, LAYER = "base_causallm.base_model.model.", "model.layers.0.self_attn.q_proj"
@@ -152,16 +159,55 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
         convert(write(tmp_path, tensors), tied)
 
 
-def test_a_kept_adapter_can_be_switched_off_and_trained_on(base: Path, tmp_path: Path) -> None:
+def test_a_kept_adapter_can_be_switched_off(base: Path, tmp_path: Path) -> None:
     path = write(tmp_path, published())
-    merged, processor = convert(path, base, dtype=torch.float32)
-    kept, _ = convert(path, base, dtype=torch.float32, adapter="keep")
+    merged, kept = (convert(path, base, dtype=torch.float32, adapter=way)[0] for way in ("merge", "keep"))
     assert kept.peft_config["default"].base_model_name_or_path == str(base)
     ids = torch.arange(10, 30)[None]
     with torch.no_grad():
         torch.testing.assert_close(kept(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
         kept.disable_adapters()
         assert not torch.allclose(kept(ids).logits, merged(ids).logits, atol=1e-2)
+
+
+def test_a_kept_adapter_is_saved_alone_and_finds_its_base(tmp_path: Path) -> None:
+    """The base is the stock folder, whose rows behind the tokenizer stand for the latent tokens."""
+    base = save_tiny_stock_checkpoint(tmp_path / "base", family="qwen2_vl", seed=3)
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(base).bfloat16()
+    stock.float().save_pretrained(base)
+    stock.resize_token_embeddings(len(build_tiny_tokenizer(TINY_TEXTS)) + 3)
+    kept, processor = convert(write(tmp_path, published(stock)), base, dtype=torch.float32, adapter="keep")
+    for part in (kept, kept.config, kept.generation_config, processor):
+        part.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    loaded, _ = load_latent_model(tmp_path / "adapter")
+    assert loaded.config.rope_positions == "flat" and loaded.generation_config.latent_strategy == "staged"
+    ids, words = torch.arange(10, 30)[None], len(build_tiny_tokenizer(TINY_TEXTS))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits[..., :words], kept(ids).logits[..., :words])
+
+
+@pytest.mark.parametrize("names", ["published", "plain", "DeepSpeed"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_coconut_checkpoints_of_text_models(family: str, names: str, tmp_path: Path) -> None:
+    """GPT-2 is tied: the published file holds its matrix three times."""
+    base = save_tiny_text_checkpoint(tmp_path / "base", family)
+    tokenizer = build_tiny_text_tokenizer(family)
+    config = tiny_text_config(family, len(tokenizer) + 3, tokenizer)
+    tensors = build_tiny_text_stock_model(config, seed=3).state_dict()
+    prefix = {"published": "base_causallm.", "plain": "", "DeepSpeed": "module.base_causallm."}[names]
+    saved = {prefix + name: value for name, value in tensors.items()}
+    if names != "plain":
+        embedding = "transformer.wte.weight" if family == "gpt2" else "model.embed_tokens.weight"
+        saved[prefix.removesuffix("base_causallm.") + "embedding.weight"] = tensors[embedding]
+    model, processor = convert_published_checkpoint(write(tmp_path, saved), base, "coconut")
+    ours = model.state_dict()
+    for name, value in tensors.items():
+        inner = name.removeprefix("transformer.").removeprefix("model.")
+        assert torch.equal(ours[name if name == "lm_head.weight" else f"model.language_model.{inner}"], value), name
+    assert model.config.latent_token_id == len(tokenizer) + 2 == len(processor.tokenizer) - 1
+    assert model.config.latent_patch_token_id is None
+    assert (model.generation_config.latent_strategy, model.generation_config.latent_markers) == ("staged", True)
 
 
 def test_a_checkpoint_on_the_hub(base: Path, tmp_path: Path, hub: LocalHub) -> None:
