@@ -65,7 +65,8 @@ class LatentSFTCollator:
         place of its image token among all image embeddings of the batch, in order, elsewhere -1.
 
     Raises:
-        ValueError: an option out of its range, or a row with a column that the schema does not have.
+        ValueError: an option out of its range, a processor without the chat format of the Qwen-VL families, or a row
+            with a column that the schema does not have.
         RecordError: names file and row, e.g. a missing chain or an unreadable image.
     """
 
@@ -79,6 +80,12 @@ class LatentSFTCollator:
 
     def __post_init__(self) -> None:
         check_layout(self.latent_form, self.num_slots, self.pad_to_multiple_of)
+        if not hasattr(type(self.processor), "default_system_message"):
+            raise ValueError(
+                f"latent_form={self.latent_form!r} is written in the chat format of the Qwen-VL families, which "
+                f"{type(self.processor).__name__} does not have; train a model of one of them, or use the stages of "
+                "StagedSFTConfig (latent_method: ivtlr or coconut)"
+            )
         self._system_message = self.processor.default_system_message  # as the chat template writes it in decoding
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -273,6 +273,11 @@ def test_a_column_that_the_schema_lacks_is_refused(processor: LatentProcessor) -
         LatentSFTCollator(processor)([{**scene(), "label": 3}])
 
 
+def test_a_processor_of_another_chat_format_is_refused() -> None:
+    with pytest.raises(ValueError, match="'chain' is written in the chat format .* LatentChameleonProcessor does not"):
+        LatentSFTCollator(tiny_processor("chameleon"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
