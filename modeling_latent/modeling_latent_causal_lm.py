@@ -175,22 +175,25 @@ class LatentCausalLM(LatentHeadClassMixin, LatentCausalLMPreTrainedModel, Genera
         )
 
 
-class StockNames(WeightRenaming):
-    """Tensors of a stock checkpoint, `model.layers.*`, `transformer.h.*`, or `h.*` of a bare base model, to our names.
-
-    One way: a saved folder has our names, whichever family is in it.
-    """
+class OneWayRenaming(WeightRenaming):
+    """A renaming of checkpoint tensors that saving does not turn back."""
 
     __slots__ = ()
-
-    def __init__(self) -> None:
-        own = r"(?!model\.language_model\.|lm_head\.|latent_head\.|latent_stop_vector\.)"
-        super().__init__(rf"^{own}(?:model\.|transformer\.|gpt_neox\.)?", "model.language_model.")
 
     def reverse_transform(self) -> WeightTransform:
         return WeightRenaming(r"^(?!.)", "")  # matches no name
 
 
-register_checkpoint_conversion_mapping("LatentCausalLM", [StockNames()], overwrite=True)
+_OWN_NAMES = r"(?!model\.language_model\.|lm_head\.|latent_head\.|latent_stop_vector\.)"
+# Stock names, `model.layers.*`, `transformer.h.*`, or `h.*` of a bare base model, to ours. A saved folder has ours,
+# whichever family is in it.
+register_checkpoint_conversion_mapping(
+    "LatentCausalLM",
+    [
+        OneWayRenaming(r"^embed_out\.", "lm_head."),
+        OneWayRenaming(rf"^{_OWN_NAMES}(?:model\.|transformer\.|gpt_neox\.)?", "model.language_model."),
+    ],
+    overwrite=True,
+)
 
 __all__ = ["LatentCausalLM", "LatentCausalLMModel"]
