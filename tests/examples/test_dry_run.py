@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from examples import train_laser
+from tests.examples.published_models import CHAMELEON, QWEN2_VL, STAGED_MODELS, STAGED_TOTALS, staged_files
 from tests.hub import ROOT, LocalHub, Repo, StoredFile
 from trainers.tiny import STOCK_CHAT_TEMPLATE, TINY_TEXTS, save_tiny_stock_checkpoint, tiny_config
 from trainers.tiny_tokenizer import build_tiny_tokenizer
@@ -119,9 +120,9 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the dry run of each recipe prints, all in one process, and which files of the Hub were asked for."""
     with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
         asked = {}
-        for name in SHAPES:
+        for name in (*SHAPES, *STAGED_MODELS):
             repo = hub.repos["models", name] = Repo()
-            commit = repo.add(published_files(name))
+            commit = repo.add(published_files(name) if name in SHAPES else staged_files(name))
             asked[name] = repo.commits[commit] = AskedFiles(repo.commits[commit])
         scripts = {name: (script_of(path), start_of(path)) for name, path in zip(NAMES, RECIPES, strict=True)}
         printed = hub.run(DRY_RUNS, str(ROOT), json.dumps(scripts), timeout=600)
@@ -137,17 +138,50 @@ def test_a_recipe_says_what_it_would_do(name: str, dry_runs: dict[str, Any]) -> 
         assert "\nfirst prompt " in report and "\nrollouts    " in report and "\nrewards     " in report
         assert f"beta {values.get('beta', 0.04):g} (reference: " in report or values.get("beta") == 0
     else:
-        method = values["latent_method"]
-        start = {"laser": "<|laser_start|>", "lvr": "<|lvr_start|>"}[method]
-        assert "\nfirst batch " in report and "latent loss   | " in report and f"cross entropy | {start}" in report
+        check_first_batch(report, values)
     model = start_of(ROOT / name) or values.get("model_name_or_path")
-    if model in TOTALS:
-        assert f"parameters  {TOTALS[model]:,} in all" in report or values.get("use_peft")
+    totals = {**TOTALS, **STAGED_TOTALS}
+    if model in totals:
+        assert f"parameters  {totals[model]:,} in all" in report or values.get("use_peft")
         assert f", from {model}" in report
-    assert f"steps       {values['max_steps']:,} (" in report
+    if values["max_steps"] > 0:
+        assert f"steps       {values['max_steps']:,} (" in report
+    else:
+        assert f"({values['num_train_epochs']:.2f} epochs of " in report
     assert f"peak lr {values['learning_rate']:g}" in report
     processes = values.get("dry_run_processes", 1)
     assert f"x {values.get('gradient_accumulation_steps', 1)} accumulated x {processes} processes" in report
+
+
+def check_first_batch(report: str, values: dict[str, Any]) -> None:
+    """Text and labels of a sample; of a curriculum a sample at each of its stages."""
+    method, mode = values["latent_method"], values.get("staged_mode", "latent")
+    assert "\nfirst batch " in report
+    if method in ("laser", "lvr"):
+        start = {"laser": "<|laser_start|>", "lvr": "<|lvr_start|>"}[method]
+        assert "latent loss   | " in report and f"cross entropy | {start}" in report
+        return
+    last = {"ivtlr": values.get("num_stages", 1) - 1, "coconut": 9}[method] if mode == "latent" else 0
+    assert f"stage {last}: steps " in report and f"stage {last + 1}: steps " not in report
+    most = min(last, values.get("max_latent_stage", 5))
+    behind = report.split(f"sample 0 at stage {last}")[-1]
+    assert ("<|latent|>" in behind) == (most > 0)
+    coconut = rf"<\|start-latent\|><\|latent\|>x{most}<\|end-latent\|>"
+    block = {"ivtlr": r"<\|latent-patch\|>x\d+<\|latent\|>", "coconut": coconut}[method]
+    assert most == 0 or re.search(block, behind)
+
+
+def test_the_adapters_of_ivtlr_have_the_published_size(dry_runs: dict[str, Any]) -> None:
+    """Rank 64 on seven projections (card 3.1), and here the four rows of the latent tokens, of both ends."""
+    for folder, published, hidden in (("qwen2vl", 161_480_704, 3584), ("chameleon", 159_907_840, 4096)):
+        for data in ("m3cot", "scienceqa"):
+            report = dry_runs["reports"][f"hub_configs/ivtlr-{folder}-{data}/sft.yaml"]
+            trained = int(re.search(r"adapter +([\d,]+)  trainable", report)[1].replace(",", ""))
+            assert trained == published + 2 * 4 * hidden
+            if folder == "qwen2vl":
+                assert f"parameters  {STAGED_TOTALS[QWEN2_VL] + trained:,} in all" in report
+    assert f"from {QWEN2_VL}" in dry_runs["reports"]["hub_configs/ivtlr-qwen2vl-m3cot/sft.yaml"]
+    assert f"from {CHAMELEON}" in dry_runs["reports"]["hub_configs/ivtlr-chameleon-m3cot/sft.yaml"]
 
 
 def test_the_totals_of_the_published_models(dry_runs: dict[str, Any]) -> None:
@@ -171,7 +205,7 @@ def test_the_totals_of_the_published_models(dry_runs: dict[str, Any]) -> None:
 
 def test_no_weight_was_asked_for_and_nothing_was_written(dry_runs: dict[str, Any]) -> None:
     for name, asked in dry_runs["asked"].items():
-        assert READ <= asked, name
+        assert ({"config.json"} if name in STAGED_MODELS else READ) <= asked, name
         assert not [path for path in asked if WEIGHTS.search(path)], name
     left = [path for path in dry_runs["left"] if "/hub/" not in path and "/modules/" not in path]
     assert not [path for path in left if "runs" in Path(path).parts], left
