@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from .collators import completed_row, image_token_count, pixel_features
 from .data.dynamic_batching import is_count
 from .data.llava_text import pad_batch
-from .data.records import Record, RecordError, open_image, record_from_row, record_origin
+from .data.records import Record, RecordError, open_image, open_square_image, record_from_row, record_origin
 from .data.staged_text import StagedExample, StagedFormat, encode_staged
 from .data.stages import StageLayout, StageTokens, expand_stage, lacks_patches, mixed_stage
 
@@ -116,8 +116,7 @@ class StagedCollator:
     def _image(self, image: Any, record: Record) -> Image.Image:
         if self.image_size is None:
             return open_image(image, record)
-        side = (self.image_size, self.image_size)
-        return open_image(image, record, background="white").resize(side, Image.Resampling.BICUBIC)
+        return open_square_image(image, record, self.image_size)
 
     def finish(self, prepared: MutableMapping[str, Any], epoch: int) -> dict[str, torch.Tensor]:
         """The training batch of the current stage, other stages mixed in, from what [`prepare`] made."""

@@ -380,6 +380,15 @@ def open_image(image: Any, record: Mapping[str, Any], background: str | None = N
         raise RecordError(*record_origin(record), reason) from error
 
 
+def open_square_image(image: Any, record: Mapping[str, Any], side: int) -> PILImage.Image:
+    """[`open_image`] on white, resized to a square, bicubic (IVT-LR's published scripts for Qwen2-VL: 280 pixels).
+
+    Raises:
+        RecordError: see [`open_image`].
+    """
+    return open_image(image, record, background="white").resize((side, side), PILImage.Resampling.BICUBIC)
+
+
 def _to_rgb(image: PILImage.Image, background: str | None) -> PILImage.Image:
     if background is None or not image.has_transparency_data:
         return image.convert("RGB")

@@ -195,7 +195,21 @@ def question_text(record: Record, processor: Any, fmt: str | StagedFormat, *, pr
             f"the format {fmt.name!r} writes the question through the chat template, and {type(processor).__name__} "
             "has none; give it one (chat_template=...) or take the format 'coconut' or 'ivtlr-chameleon'"
         )
-    content = [*({"type": "image"} for _ in record["images"] or []), {"type": "text", "text": text}]
+    return chat_prompt(processor, text, len(record["images"] or []))
+
+
+def chat_prompt(processor: Any, text: str, num_images: int = 0) -> str:
+    """The chat template around one user turn (images, then text) and the opening of the reply.
+
+    Templates of models without images take the text of a turn as a string, not as a list of parts.
+
+    Args:
+        processor: a processor, or a tokenizer, with a chat template.
+        text: what the user says.
+        num_images: images of the turn.
+    """
+    parts = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}]
+    content = parts if num_images or hasattr(processor, "image_processor") else text
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )

@@ -171,6 +171,15 @@ def test_limit_of_the_format_and_of_the_call() -> None:
 
 # What is refused
 
+
+def test_a_chat_without_images_is_text_and_not_a_list_of_parts() -> None:
+    """The template of a text model writes what it is given: a list would be written as Python shows it."""
+    text = question_text(record(images=[]), tiny_processor("llama"), "plain")
+    assert text == "<|im_start|>user\n Which one? <|im_end|>\n<|im_start|>assistant\n"
+    for without in (tiny_processor(), tiny_processor().tokenizer):
+        assert "user\n Which one? <|im_end|>" in question_text(record(images=[]), without, "plain")
+
+
 BAD_RECORDS = {
     "empty question": ({"question": " "}, "question holds ' '"),
     "empty answer": ({"answer": ""}, "answer holds ''"),
