@@ -184,6 +184,12 @@ def _fields_of_base(
     return {field: getattr(saved, field) for field in parts if hasattr(saved, field)}
 
 
+def embedding_name(model: PreTrainedModel) -> str:
+    """Name of the embedding module as adapters know it: `embed_tokens`, `wte` in GPT-2."""
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding).rsplit(".", 1)[-1]
+
+
 def _saved_config(name: str, revision: str | None) -> Any:
     """The latent configuration beside an adapter; `None` when another tool wrote the adapter."""
     options = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
@@ -196,7 +202,7 @@ def _check_rows(name: str, base: str, revision: str | None, settings: dict[str, 
     added = set(range(stock, model.config.get_text_config().vocab_size))
     tokens = settings.get("trainable_token_indices") or []
     rows = {row for rows in (tokens.values() if isinstance(tokens, dict) else [tokens]) for row in rows}
-    if added - rows and "embed_tokens" not in (settings.get("modules_to_save") or []):
+    if added - rows and embedding_name(model) not in (settings.get("modules_to_save") or []):
         raise ValueError(
             f"{name} does not hold the rows {sorted(added - rows)} of the embedding, and its base {base} has {stock} "
             "rows; train the adapter with trainable_token_indices, or resize and save the base first"
@@ -254,4 +260,4 @@ def merge_adapter(model: PreTrainedModel) -> None:
     del model.peft_config
 
 
-__all__ = ["adapter_settings", "attach_adapter", "load_latent_model", "merge_adapter"]
+__all__ = ["adapter_settings", "attach_adapter", "embedding_name", "load_latent_model", "merge_adapter"]

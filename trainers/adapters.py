@@ -19,9 +19,13 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from modeling_latent import LatentProcessor
+from modeling_latent.loading_latent import embedding_name
 
-# Every projection of the language model; a vision tower and a latent head have layers of some of these names, too.
-LANGUAGE_MODEL_PROJECTIONS = r"(?!.*\bvisual\.).*\blayers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
+# Every projection of the language model; a vision tower and a latent head have layers of some of these names, too. The
+# last ones are those of GPT-2.
+LANGUAGE_MODEL_PROJECTIONS = (
+    r"(?!.*\bvisual\.).*\b(layers|h)\.\d+\..*\.((q|k|v|o|qkv|gate|up|gate_up|down)_proj|c_attn|c_proj|c_fc)"
+)
 # What a quantised base keeps in full precision: the image encoder is small and sees every pixel, the fused losses
 # multiply with the weight of the LM head, a latent head makes the vectors that are fed back.
 KEPT_UNQUANTISED = ["model.visual", "model.vqmodel", "lm_head", "latent_head"]
@@ -59,7 +63,8 @@ def build_peft_config(args: ModelConfig, model: PreTrainedModel, processor: Late
     ids = sorted(processor.tokenizer.convert_tokens_to_ids(list(processor.latent_tokens.values())))
     whole = set(config.modules_to_save or [])
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    layers = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    embedding = embedding_name(model)
+    layers = [embedding] if tied else [embedding, "lm_head"]
     config.trainable_token_indices = {layer: ids for layer in layers if layer not in whole} or None
     config.revision = None if args.model_revision == "main" else args.model_revision
     return config

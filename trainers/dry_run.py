@@ -32,7 +32,7 @@ _PARTS = {
     "adapter": ("lora_", "trainable_tokens", "modules_to_save"),
     "vision tower": ("visual.", "vqmodel."),
     "latent head": ("latent_head.",),
-    "embedding": ("embed_tokens.",),
+    "embedding": ("embed_tokens.", "wte.", "wpe."),
     "LM head": ("lm_head.",),
     "language model": ("",),
 }
