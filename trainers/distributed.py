@@ -203,10 +203,14 @@ def first_rows(inputs: dict[str, Any], rows: int, processor: Any) -> dict[str, A
     if rows == 0:
         return {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
     kept = {name: value[:rows] for name, value in inputs.items() if len(value) == len(ids)}
-    if "image_grid_thw" in inputs:
-        grids, pixels = inputs["image_grid_thw"], inputs["pixel_values"]
+    if "pixel_values" not in inputs:
+        return kept
+    tokens, pixels = (kept["input_ids"] == processor.image_token_id).sum(), inputs["pixel_values"]
+    if "image_grid_thw" not in inputs:  # images of one size
+        kept["pixel_values"] = pixels[: int(tokens) // processor.image_seq_length]
+    else:
+        grids = inputs["image_grid_thw"]
         patches = grids.prod(dim=-1)
-        tokens = (kept["input_ids"] == processor.image_token_id).sum()
         images = int((patches.cumsum(0) <= tokens * processor.image_processor.merge_size**2).sum())
         kept.update(image_grid_thw=grids[:images], pixel_values=pixels[: int(patches[:images].sum())])
     return kept
@@ -214,9 +218,9 @@ def first_rows(inputs: dict[str, Any], rows: int, processor: Any) -> dict[str, A
 
 def with_blank_image(inputs: dict[str, Any], processor: Any, config: Any) -> dict[str, Any]:
     """A batch of text with one more row, which has a blank image of one token, no labels and no span."""
-    images, start = processor.image_processor, getattr(config, "vision_start_token_id", None)
+    images, start = getattr(processor, "image_processor", None), getattr(config, "vision_start_token_id", None)
     if start is None or not hasattr(images, "merge_size"):
-        return inputs  # a family whose images are no patches of a tower
+        return inputs  # a family without images, or one whose images are no patches of a tower
     ids = inputs["input_ids"]
     row = {name: torch.zeros_like(value[:1]) for name, value in inputs.items() if value.shape[:2] == ids.shape}
     written = torch.tensor([start, processor.image_token_id, config.vision_end_token_id], device=ids.device)

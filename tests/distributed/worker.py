@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from examples import train_laser
 from tests.distributed import fsdp2
@@ -28,8 +28,9 @@ from tests.distributed.grpo import GRPORecorder, bent, build_grpo, save_grpo_bas
 from tests.latent import tiny_latent_model
 from tests.tiny import tiny_processor
 from tests.trainers.killed_runs import let_deepspeed_use_gloo
+from tests.trainers.staged_parts import staged_parts, staged_processor
 from tests.trainers.test_lvr_sft import lvr_parts
-from trainers import LatentSFTConfig, LatentSFTTrainer, LVRSFTConfig
+from trainers import LatentSFTConfig, LatentSFTTrainer, LVRSFTConfig, StagedSFTConfig
 from trainers.data.lvr_text import LVR_TOKENS
 from trainers.data.mazes import maze_dataset
 from trainers.tiny import build_tiny_processor
@@ -65,6 +66,14 @@ OPTIONS = {
 }
 ADAMW = {"optim": "adamw_torch", "learning_rate": 2e-3, "adam_epsilon": 1e-6, "max_steps": 3}
 CHECKPOINTING = {"activation_checkpointing": True}  # as in the recipes of the large models
+STAGED = {
+    "steps_per_stage": [1],
+    "start_stage": 1,
+    "num_stages": 4,
+    "max_latent_stage": 3,
+    "uniform_prob": 0.8,
+    "num_latent_patches": 2,
+}
 RUNS = {
     "adamw": Run(options={**ADAMW, "vision_lr": 5e-4, "merger_lr": 1e-3}),
     "own": Run(base="tied", options={"latent_exposure": "own", "latent_exposure_passes": 2, **CHECKPOINTING}),
@@ -87,6 +96,19 @@ RUNS = {
     "lvr, text on one process": Run(data="text beside images", base="lvr", options={"loss_average": "token"}),
     # As many steps on both processes as the longest span of either has.
     "lvr, free": Run(base="lvr", options={"latent_exposure": "free", "latent_exposure_forced": 1}),
+    # Every row at a stage of its own: the processes have different numbers of latents.
+    "ivtlr": Run(base="ivtlr", options={**ADAMW, **CHECKPOINTING, **STAGED}),
+    "ivtlr, bptt": Run(base="ivtlr", options={**STAGED, "latent_gradient": "bptt", "loss_average": "token"}),
+    "coconut, new optimizers": Run(
+        base="coconut",
+        options={
+            **ADAMW,
+            **STAGED,
+            "num_latent_patches": 0,
+            "reset_optimizer": "stage",
+            "adam_epsilon": 1e-4,  # every step is the first one of an optimizer: as large where a gradient is nothing
+        },
+    ),
     # The published loss (bnpo) is a mean over the tokens of a micro-batch: one process has both, one after the other.
     "grpo": Run(base="grpo", options={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
     "grpo, adamw": Run(base="grpo", options={**ADAMW, **CHECKPOINTING, "learning_rate": 2e-4, "loss_type": "dapo"}),
@@ -128,6 +150,25 @@ def save_bases(folder: Path) -> None:
     model, _ = lvr_parts(head="simple", stop_vector=True)
     model.save_pretrained(folder / "lvr")
     save_grpo_base(folder / "grpo")
+    for name, family in (("ivtlr", "qwen2_5_vl"), ("coconut", "gpt2")):
+        staged_parts(family)[0].save_pretrained(folder / name)
+
+
+def load_base(folder: Path) -> PreTrainedModel:
+    """The model of a folder of [`save_bases`]."""
+    auto = AutoModelForCausalLM if folder.name == "coconut" else AutoModelForImageTextToText
+    return auto.from_pretrained(folder)
+
+
+def parts_of(base: str) -> tuple[type[LatentSFTConfig], dict[str, Any], Any]:
+    """Class of the configuration, its options beside those of the run, and the processor of a model."""
+    if base == "lvr":
+        return LVRSFTConfig, {}, build_tiny_processor(latent_tokens=LVR_TOKENS)
+    if base == "ivtlr":
+        return StagedSFTConfig, {}, staged_processor("qwen2_5_vl")
+    if base == "coconut":
+        return StagedSFTConfig, {"latent_method": "coconut", "staged_format": "coconut"}, staged_processor("gpt2")
+    return LatentSFTConfig, {}, tiny_processor()
 
 
 def build_trainer(name: str, folder: Path, processes: int) -> Recorder | GRPORecorder:
@@ -136,14 +177,17 @@ def build_trainer(name: str, folder: Path, processes: int) -> Recorder | GRPORec
     if spec.base == "grpo":
         return build_grpo(spec.data, spec.options, folder / name, folder.parent / spec.base, processes)
     steps = {"gradient_accumulation_steps": MICRO_BATCHES // processes}
-    config_class = LVRSFTConfig if spec.base == "lvr" else LatentSFTConfig
-    args = config_class(output_dir=str(folder / name), **{**OPTIONS, **steps, **spec.options})
+    config_class, given, processor = parts_of(spec.base)
+    args = config_class(output_dir=str(folder / name), **{**OPTIONS, **given, **steps, **spec.options})
+    data, eval_data = train_data(spec.data), maze_dataset(5, seed=4, split="validation", sizes=(3, 4))
+    if spec.base == "coconut":
+        data, eval_data = train_data("graphs"), train_data("graphs").select(range(5))
     return Recorder(
-        model=AutoModelForImageTextToText.from_pretrained(folder.parent / spec.base),
+        model=load_base(folder.parent / spec.base),
         args=args,
-        train_dataset=train_data(spec.data),
-        eval_dataset=maze_dataset(5, seed=4, split="validation", sizes=(3, 4)),
-        processing_class=build_tiny_processor(latent_tokens=LVR_TOKENS) if spec.base == "lvr" else tiny_processor(),
+        train_dataset=data,
+        eval_dataset=eval_data,
+        processing_class=processor,
     )
 
 

@@ -4,50 +4,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import PreTrainedModel
 
 from modeling_latent import LATENT_CLASSES, LATENT_METHODS
 from modeling_latent.configuration_latent import LATENT_TOKEN_FIELDS
-from modeling_latent.conversion_latent import LATENT_PROCESSORS
 from tests.latent import liven
 from tests.tiny import tiny_images
-from trainers import LatentSFTTrainer, StagedSFTConfig, tiny, tiny_chameleon
+from trainers import LatentSFTTrainer, StagedSFTConfig, tiny, tiny_chameleon, tiny_text
 from trainers.data.records import Record, make_record, records_to_dataset
-from trainers.tiny_tokenizer import TINY_TEXTS, build_tiny_tokenizer
 
 QWEN_FAMILIES = tuple(tiny.TINY_FAMILIES)
 IMAGE_FAMILIES = (*QWEN_FAMILIES, "chameleon")
-TEXT_FAMILIES = ("gpt2", "llama")
+TEXT_FAMILIES = tuple(tiny_text.TINY_TEXT_FAMILIES)
 PIXELS = 28 * 28 * 36
 
-_SIZES = {"vocab_size": 560, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-_TEXT_CONFIGS = {
-    "gpt2": lambda: GPT2Config(**_SIZES, n_embd=64, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0,
-                               embd_pdrop=0.0, attn_pdrop=0.0),
-    "llama": lambda: LlamaConfig(**_SIZES, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                 num_attention_heads=4, num_key_value_heads=2),
-}  # fmt: skip
+
+def staged_processor(family: str = "qwen2_5_vl", method: str | None = None) -> Any:
+    """A processor with the tokens of a method."""
+    tokens = LATENT_METHODS[method or ("coconut" if family in TEXT_FAMILIES else "ivtlr")].tokens
+    if family in TEXT_FAMILIES:
+        return tiny_text.build_tiny_text_processor(family, latent_tokens=tokens)
+    if family == "chameleon":
+        return tiny_chameleon.build_tiny_chameleon_processor(latent_tokens=tokens)
+    return tiny.build_tiny_processor(latent_tokens=tokens, family=family, max_pixels=PIXELS)
+
+
+def _stock_model(family: str, tokenizer: Any) -> PreTrainedModel:
+    if family in TEXT_FAMILIES:
+        return tiny_text.build_tiny_text_stock_model(tiny_text.tiny_text_config(family, None, tokenizer), 0)
+    if family == "chameleon":
+        return tiny_chameleon.build_tiny_chameleon_stock_model(
+            tiny_chameleon.tiny_chameleon_config(None, tokenizer), 0
+        )
+    return tiny.build_tiny_stock_model(tiny.tiny_config(family, None, tokenizer), 0)
 
 
 def staged_parts(family: str = "qwen2_5_vl", method: str | None = None, scale: float = 4.0, **fields: Any) -> tuple:
     """A tiny model with the tokens of a method, its matrices enlarged so that latents matter, and its processor."""
+    processor = staged_processor(family, method)
+    stock = _stock_model(family, processor.tokenizer)
+    key = "causal_lm" if family in TEXT_FAMILIES else family
     method = method or ("coconut" if family in TEXT_FAMILIES else "ivtlr")
-    tokens = LATENT_METHODS[method].tokens
-    if family in TEXT_FAMILIES:
-        processor = LATENT_PROCESSORS["causal_lm"](build_tiny_tokenizer(TINY_TEXTS), latent_tokens=tokens)
-        torch.manual_seed(0)
-        stock = AutoModelForCausalLM.from_config(_TEXT_CONFIGS[family]())
-        key = "causal_lm"
-    elif family == "chameleon":
-        processor = tiny_chameleon.build_tiny_chameleon_processor(latent_tokens=tokens)
-        stock = tiny_chameleon.build_tiny_chameleon_stock_model(
-            tiny_chameleon.tiny_chameleon_config(None, processor.tokenizer), 0
-        )
-        key = family
-    else:
-        processor = tiny.build_tiny_processor(latent_tokens=tokens, family=family, max_pixels=PIXELS)
-        stock = tiny.build_tiny_stock_model(tiny.tiny_config(family, None, processor.tokenizer), 0)
-        key = family
     config_class, model_class = LATENT_CLASSES[key]
     ids = {name: getattr(processor, name) for name in LATENT_TOKEN_FIELDS}
     config = config_class.from_stock(stock.config, method=method, **ids, **fields)
