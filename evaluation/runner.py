@@ -1,6 +1,6 @@
 """Batched generation over records, with or without latents: what every benchmark and example calls."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_latent import LatentTrace
-from trainers.data.records import Record, open_image, record_from_row
+from trainers.data.records import Record, RecordError, open_image, record_from_row, record_origin
+from trainers.data.staged_formats import chat_prompt
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Prediction:
         num_tokens: generated positions in all: slots, markers and text up to the end of the turn; inserted image
             embeddings do not count.
         closed_by: stop rule of each span, `"open"` when the budget ended it.
+        num_markers: those of `num_tokens` that are markers laid out around the slots (strategy `staged`).
     """
 
     id: str
@@ -32,15 +34,17 @@ class Prediction:
     num_latent_steps: int
     num_tokens: int
     closed_by: tuple[str, ...]
+    num_markers: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Autoregressive steps: slots, and generated tokens with the end of the turn."""
+        return self.num_tokens - self.num_markers
 
 
 def build_prompt(processor: ProcessorMixin, record: Record, instruction: str = "") -> str:
     """The chat prompt of a record: its images, then its question, then the opening of the reply."""
-    content = [{"type": "image"} for _ in record["images"]]
-    content.append({"type": "text", "text": record["question"] + instruction})
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    return chat_prompt(processor, record["question"] + instruction, len(record["images"]))
 
 
 @torch.no_grad()
@@ -52,6 +56,8 @@ def predict(
     max_new_tokens: int = 64,
     instruction: str = "",
     progress: bool = False,
+    prompt: Callable[[Record], str] | None = None,
+    processor_options: Mapping[str, Any] | None = None,
     **generate_options: Any,
 ) -> list[Prediction]:
     """Generate an answer for every record, greedily unless `do_sample=True` is passed.
@@ -67,16 +73,20 @@ def predict(
         max_new_tokens: budget of a reply, slots and markers included.
         instruction: text appended to every question.
         progress: show a progress bar.
+        prompt: from a record to its whole prompt, an image token for each image; default: [`build_prompt`].
+        processor_options: of the processor's call, e.g. `{"add_special_tokens": False}`.
         generate_options: for `generate`, e.g. `latent_strategy="off"`.
 
     Raises:
-        ValueError: `batch_size` below 1, or an option that `generate` refuses.
-        RecordError: an image that cannot be read; names file and row.
+        ValueError: `batch_size` below 1, an instruction beside a prompt, or an option that `generate` refuses.
+        RecordError: an image that cannot be read, or that a processor of text alone does not take; names file and row.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be at least 1")
-    records = [_with_images(record_from_row(record)) for record in records]
-    prompts = [build_prompt(processor, record, instruction) for record in records]
+    if instruction and prompt is not None:
+        raise ValueError(f"instruction={instruction!r} beside a prompt of your own; write it into the prompt")
+    records = [_with_images(record_from_row(record), processor) for record in records]
+    prompts = [build_prompt(processor, each, instruction) if prompt is None else prompt(each) for each in records]
     sizes = [sum(image.width * image.height for image in record["images"]) for record in records]
     order = sorted(range(len(records)), key=lambda i: (sizes[i], len(prompts[i])))
     results: list[Prediction | None] = [None] * len(records)
@@ -90,8 +100,8 @@ def predict(
                 processor,
                 [records[i] for i in part],
                 [prompts[i] for i in part],
-                max_new_tokens,
-                generate_options,
+                {"max_new_tokens": max_new_tokens, "do_sample": False, **generate_options},
+                processor_options or {},
             )
             for index, prediction in zip(part, batch, strict=True):
                 results[index] = prediction
@@ -100,7 +110,10 @@ def predict(
     return results
 
 
-def _with_images(record: Record) -> Record:
+def _with_images(record: Record, processor: ProcessorMixin) -> Record:
+    if record["images"] and not hasattr(processor, "image_processor"):
+        reason = f"{len(record['images'])} images, and {type(processor).__name__} reads text alone; drop them"
+        raise RecordError(*record_origin(record), reason)
     return {**record, "images": [open_image(image, record) for image in record["images"]]}
 
 
@@ -109,38 +122,46 @@ def _predict_batch(
     processor: ProcessorMixin,
     records: Sequence[Record],
     prompts: Sequence[str],
-    max_new_tokens: int,
     options: dict[str, Any],
+    processor_options: Mapping[str, Any],
 ) -> list[Prediction]:
     images = [record["images"] for record in records]
-    has_images = any(images)
+    pictures = {"images": images} if any(images) else {}
     inputs = processor(
-        text=list(prompts),
-        images=images if has_images else None,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
+        text=list(prompts), **pictures, padding=True, padding_side="left", return_tensors="pt", **processor_options
     ).to(model.device)
-    options = {"do_sample": False, **options}
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options)
-    start = inputs["input_ids"].shape[1]
-    new = output.sequences[:, start:]
-    trace = output.get("latent_trace")
-    text_ids = new if trace is None else new[:, trace.prompt_length - start :]
-    texts = processor.batch_decode(text_ids, skip_special_tokens=True)
+    output = model.generate(**inputs, return_dict_in_generate=True, **options)
+    trace, start = output.get("latent_trace"), inputs["input_ids"].shape[1]
+    written = output.sequences[:, start if trace is None else trace.prompt_length :]
+    lengths = _text_lengths(written, model, processor, options)
+    texts = [text.strip() for text in processor.batch_decode(written, skip_special_tokens=True)]
     if trace is None:
         return [
-            Prediction(record["id"], text.strip(), text.strip(), 0, _length(ids, processor), ())
-            for record, text, ids in zip(records, texts, new, strict=True)
+            Prediction(record["id"], text, text, 0, length, ())
+            for record, text, length in zip(records, texts, lengths, strict=True)
         ]
-    new = _without_prompt(new, trace, start, processor)
+    start = _start_of_layout(trace, start)
+    new = _without_prompt(output.sequences[:, start:], trace, start, processor)
     paths = processor.batch_decode_latent(new, trace.readable_sequences[:, start:], trace.latent_mask[:, start:])
+    laid_out = new[:, : trace.prompt_length - start]
+    slots = (laid_out == processor.latent_token_id).sum(dim=1).tolist()
+    markers = torch.isin(laid_out, _markers(processor, new.device)).sum(dim=1).tolist()
     steps = trace.num_latent_steps.tolist()
     reasons = [tuple(span.reason for span in trace.spans if span.row == row) for row in range(len(records))]
     return [
-        Prediction(record["id"], text.strip(), path.strip(), steps[row], _length(new[row], processor), reasons[row])
-        for row, (record, text, path) in enumerate(zip(records, texts, paths, strict=True))
-    ]
+        Prediction(
+            record["id"], texts[row], paths[row].strip(), steps[row],
+            slots[row] + markers[row] + lengths[row], reasons[row], markers[row],
+        )
+        for row, record in enumerate(records)
+    ]  # fmt: skip
+
+
+def _start_of_layout(trace: LatentTrace, start: int) -> int:
+    """The first column of what is laid out behind the prompts, which are `start` columns long with their padding: a
+    short prompt with many slots has some of them before that."""
+    laid_out = trace.latent_mask[:, : trace.prompt_length].any(dim=0).nonzero()
+    return min(start, max(int(laid_out[0]) - 1, 0)) if len(laid_out) else start  # a marker may stand before a slot
 
 
 def _without_prompt(
@@ -148,13 +169,28 @@ def _without_prompt(
 ) -> torch.LongTensor:
     """The ids from `start` on, padding in place of the end of a prompt that has fewer slots laid out behind it than
     others of its batch."""
-    markers = torch.tensor([processor.latent_start_token_id, processor.latent_end_token_id], device=new.device)
     behind = torch.arange(new.shape[1], device=new.device) >= trace.prompt_length - start
-    kept = behind | trace.latent_mask[:, start:] | torch.isin(new, markers)
+    kept = behind | trace.latent_mask[:, start:] | torch.isin(new, _markers(processor, new.device))
     return torch.where(kept, new, processor.tokenizer.pad_token_id)
 
 
-def _length(ids: torch.LongTensor, processor: ProcessorMixin) -> int:
-    """Generated positions without the padding after the end of the turn and without inserted image embeddings."""
-    left_out = [processor.tokenizer.pad_token_id, processor.latent_patch_token_id]
-    return sum(token not in left_out for token in ids.tolist())
+def _markers(processor: ProcessorMixin, device: torch.device) -> torch.LongTensor:
+    return torch.tensor([processor.latent_start_token_id, processor.latent_end_token_id], device=device)
+
+
+def _text_lengths(
+    written: torch.LongTensor, model: PreTrainedModel, processor: ProcessorMixin, options: Mapping[str, Any]
+) -> list[int]:
+    """Generated positions of each row, with the end of the turn, without the padding behind it (which may be the same
+    token) and without inserted image embeddings."""
+    pad, ends = processor.tokenizer.pad_token_id, options.get("eos_token_id", model.generation_config.eos_token_id)
+    ends = ends if isinstance(ends, list) else [ends]
+    lengths = []
+    for ids in written.tolist():
+        kept = len(ids)
+        while kept and ids[kept - 1] == pad:
+            kept -= 1
+        ends_with_pad = kept < len(ids) and pad in ends and not (kept and ids[kept - 1] in ends)
+        inserted = ids[:kept].count(processor.latent_patch_token_id)
+        lengths.append(kept - inserted + ends_with_pad)
+    return lengths

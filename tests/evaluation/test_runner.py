@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LogitsProcessor
 
 import evaluation.benchmarks.mazes
 from evaluation.benchmarks.mazes import evaluate_mazes
@@ -14,6 +15,7 @@ from modeling_latent import LatentProcessor, LatentQwen2_5_VLForConditionalGener
 from modeling_latent.configuration_latent import LATENT_METHODS, LATENT_TOKEN_FIELDS
 from tests.latent import liven, tiny_latent_model
 from tests.tiny import tiny_images, tiny_processor, tiny_stock_model
+from tests.trainers.staged_parts import staged_parts
 from trainers.data.mazes import chance_level, maze_dataset, maze_of_record
 from trainers.data.records import Record, RecordError, make_record, record_from_row
 from trainers.tiny import build_tiny_processor
@@ -69,6 +71,61 @@ def test_slots_behind_prompts_of_one_batch_with_images_of_different_sizes(record
         assert record["question"][:6] not in prediction.text
     lengths = {prediction.latent_path.split("patch")[0][-3:] for prediction in together}
     assert len(lengths) > 1, "all blocks have one length: this tests nothing"
+
+
+def test_slots_of_a_short_prompt_that_begin_before_the_end_of_a_long_one() -> None:
+    """A large image has long blocks: some of them stand where the longest prompt of the batch still goes on."""
+    processor = build_tiny_processor(latent_tokens=LATENT_METHODS["ivtlr"].tokens)
+    ids = {name: getattr(processor, name) for name in LATENT_TOKEN_FIELDS}
+    model = liven(tiny_latent_model(latent_method="ivtlr", **ids))
+    large, small = (tiny_images(4)[2].resize((side, side)) for side in (112, 28))
+    records = [make_record("a", "Hi", "x", [large]), make_record("b", "What is it? " * 20, "x", [small])]
+    options = {"latent_strategy": "staged", "num_latent_steps": 2, "num_latent_patches": 8, "max_new_tokens": 5}
+    first, second = predict(model, processor, records, batch_size=2, **options)
+    assert [first, second] == predict(model, processor, records, batch_size=1, **options)
+    assert first.latent_path.startswith("⟨[4 patches]·") and "[1 patch]" in second.latent_path
+
+
+class EndAt(LogitsProcessor):
+    """The arg max is the end token at a position that depends on the row, from the first generated one on."""
+
+    def __init__(self, end: int, positions: list[int | None]) -> None:
+        self.end, self.positions, self.first = end, positions, None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        self.first = input_ids.shape[1] if self.first is None else self.first
+        scores[:, self.end] = -1e9
+        for row, position in enumerate(self.positions):
+            if position == input_ids.shape[1] - self.first:
+                scores[row, self.end] = 1e9
+        return scores
+
+
+@pytest.mark.parametrize(("family", "strategy"), [("gpt2", "staged"), ("gpt2", "off"), ("llama", "staged")])
+def test_models_of_text_alone(family: str, strategy: str) -> None:
+    """A prompt of one's own; the end of the turn counts where padding is the same token (GPT-2), markers are told."""
+    model, processor = staged_parts(family)
+    end = processor.tokenizer.eos_token_id
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, processor.tokenizer.pad_token_id
+    assert (processor.tokenizer.pad_token_id == end) == (family == "gpt2")
+    records = [make_record(f"r{i}", "Is the path safe? " * (i + 1), "yes") for i in range(3)]
+    options = {"latent_strategy": strategy, "max_new_tokens": 6, "prompt": lambda record: record["question"] + "\n"}
+    if strategy == "staged":
+        options |= {"num_latent_steps": 2, "latent_markers": True}
+    ends = [EndAt(end, [0, 3, None])]
+    predictions = predict(model, processor, records, logits_processor=ends, **options)
+    laid_out = 4 if strategy == "staged" else 0
+    assert [each.num_tokens - laid_out for each in predictions] == [1, 4, 6]
+    assert [each.num_steps for each in predictions] == [laid_out // 2 + n for n in (1, 4, 6)]
+    assert [each.num_latent_steps for each in predictions] == [laid_out // 2] * 3
+    inputs = processor(text=[records[1]["question"] + "\n"], return_tensors="pt")
+    del options["prompt"]
+    ids = model.generate(**inputs, do_sample=False, logits_processor=[EndAt(end, [3])], **options)[0].tolist()
+    assert predictions[1].text == processor.decode(ids[-4:], skip_special_tokens=True).strip()
+    with pytest.raises(RecordError, match="record 'r', whole file: 1 images, and LatentTextProcessor reads text"):
+        predict(model, processor, [make_record("r", "What?", "x", [tiny_images(1)[0]])])
+    with pytest.raises(ValueError, match="instruction=' Please.' beside a prompt of your own"):
+        predict(model, processor, records, instruction=" Please.", prompt=lambda record: record["question"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
