@@ -12,7 +12,6 @@ published YAML files are understood too (`hub_configs/methods/ivtlr.md`).
 """
 
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,11 +22,7 @@ from transformers import set_seed
 from modeling_latent.generation_latent import saved_generation_config
 from trainers import LatentSFTTrainer, StagedSFTConfig
 from trainers.checkpoint_files import checkpoint_of_epoch
-from trainers.data.boxes import checked_option
-from trainers.data.m3cot import read_m3cot
-from trainers.data.prosqa import read_gsm8k_steps, read_prontoqa, read_prosqa
-from trainers.data.records import Record
-from trainers.data.scienceqa import read_scienceqa
+from trainers.data.step_readers import STEP_READERS, read_steps
 from trainers.model_loading import LatentModelConfig, load_for_training
 from trainers.published_arguments import PublishedParser
 from trainers.scripts import (
@@ -42,14 +37,6 @@ from trainers.scripts import (
 )
 
 MAZE_RECIPE = MAZES / "ivtlr.yaml"
-# Reader of each format, and whether its rows have images.
-READERS: dict[str, tuple[Callable[..., Iterator[Record]], bool]] = {
-    "m3cot": (read_m3cot, True),
-    "scienceqa": (read_scienceqa, True),
-    "prosqa": (read_prosqa, False),
-    "gsm8k": (lambda path, split, **options: read_gsm8k_steps(path, **options), False),
-    "prontoqa": (read_prontoqa, False),
-}
 
 
 @dataclass
@@ -60,7 +47,7 @@ class StagedScriptArguments(ScriptArguments):
         default=None,
         metadata={"help": "File or Hub id in data_format; default: made mazes, for a model of text alone graphs."},
     )
-    data_format: str = field(default="prosqa", metadata={"help": f"Format of data_path: {', '.join(READERS)}."})
+    data_format: str = field(default="prosqa", metadata={"help": f"Format of data_path: {', '.join(STEP_READERS)}."})
     data_split: str | None = field(default=None, metadata={"help": "Part of a Hub id, e.g. train."})
     num_mazes: int | None = field(
         default=None,
@@ -85,15 +72,14 @@ def load_data(script: StagedScriptArguments, config: StagedSFTConfig, has_images
     if script.data_path is None:
         load = load_mazes if has_images else load_graphs
         return load(script, config, stream=config.steps_per_stage is not None)
-    read, takes_folder = READERS[checked_option("data_format", script.data_format, tuple(READERS))]
-    options: dict[str, Any] = {"require_steps": config.staged_mode != "no_cot"}
-    if takes_folder:
-        options["image_folder"] = script.image_folder
+    options = {"image_folder": script.image_folder, "require_steps": config.staged_mode != "no_cot"}
 
     def table(path: str | None, split: str | None) -> Dataset | None:
         if path is None:
             return None
-        return load_table(lambda report: read(path, split, report=report, **options), config.max_bad_share)
+        return load_table(
+            lambda report: read_steps(script.data_format, path, split, report=report, **options), config.max_bad_share
+        )
 
     return table(script.data_path, script.data_split), table(script.eval_data_path, script.eval_data_split)
 

@@ -7,8 +7,8 @@ from typing import Any
 from trainers.data.mazes import chance_level, maze_of_record, score_plan
 from trainers.data.records import Record
 
+from ..conditions import accuracy_text
 from ..runner import Prediction, predict
-from ..statistics import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,22 @@ class MazeReport:
 
     def line(self) -> str:
         """One line: accuracy with its 95 % Wilson interval, by size, latent steps and generated positions."""
-        interval = wilson_interval(sum(self.correct), len(self.correct))
         sizes = "  ".join(f"{n}x{n} {100 * share:5.1f}" for n, share in self.by_size().items())
         steps = sum(p.num_latent_steps for p in self.predictions) / len(self.predictions)
         tokens = sum(p.num_tokens for p in self.predictions) / len(self.predictions)
         return (
-            f"{self.name:<34} {100 * self.accuracy:5.1f} % [{100 * interval.low:4.1f}, {100 * interval.high:4.1f}]"
+            f"{self.name:<34} {accuracy_text(self.correct)}"
             f"  n={len(self.correct)}  {sizes}  latent steps {steps:.1f}  positions {tokens:.1f}"
         )
+
+    def summary(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return {
+            "accuracy": self.accuracy,
+            "by_size": self.by_size(),
+            "chance": self.chance,
+            "predictions": [vars(p) | {"correct": c} for p, c in zip(self.predictions, self.correct, strict=True)],
+        }
 
 
 def evaluate_mazes(
