@@ -116,7 +116,7 @@ STAGED_ARGUMENTS: tuple[PublishedArgument, ...] = (
     renamed("val_path", STAGED, "eval_data_path", "data of the evaluation loss"),
     PublishedArgument("project", STAGED, "", "dropped: set WANDB_PROJECT", lambda value, settings: {}),
     dead(
-        "only_eval", STAGED, "true is refused: examples/evaluate.py", "evaluate with examples/evaluate.py",
+        "only_eval", STAGED, "true is refused: examples/evaluate_steps.py", "evaluate with examples/evaluate_steps.py",
         (False, None),
     ),
     dead("debug", STAGED, "true is refused: num_mazes, max_steps", "for a short run set max_steps", (False, None)),
