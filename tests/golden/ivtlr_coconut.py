@@ -56,11 +56,11 @@ def calls(model: LatentCausalLM) -> Iterator[list[list[int]]]:
         handle.remove()
 
 
-@each("gradient", ["bptt", "detach"])
-@each("name", NAMES)
-def test_coconut_plan(name: str, gradient: str, coconut: LatentCausalLM) -> None:
+@each("key", [(name, gradient) for name in NAMES for gradient in ("bptt", "detach")], ids="-".join)
+def test_coconut_plan(key: tuple[str, str], coconut: LatentCausalLM) -> None:
     """Loss, logits and latents of a batch whose rows may have different numbers of slots; without gradients the two
     kinds of plan are one, and every pass has the length that the reference gave it."""
+    name, gradient = key
     case = Case.read("coconut", name)
     with torch.no_grad(), calls(coconut) as passes:
         output = coconut(**case.batch, latent_plan=LatentPlan(gradient=gradient))
@@ -169,12 +169,20 @@ def question_of(prompt: list[int]) -> tuple[list[int], bool]:
     return question, markers
 
 
-def test_coconut_prompts_padded_on_the_left_are_decoded_alike(coconut: LatentCausalLM) -> None:
-    """All prompts of the set in one batch: different lengths, different numbers of slots, learned positions."""
+def prompts_with_markers() -> list[dict[str, Any]]:
+    """The different prompts whose slots stand between markers and that are decoded to the end."""
     whole = [entry for entry in PROMPTS if entry["eos_token_id"] == -1 and question_of(entry["prompt_ids"])[1]]
-    entries = list({tuple(entry["prompt_ids"]): entry for entry in whole}.values())
-    if len(entries) < 2:
-        pytest.skip("the set has no two prompts with markers that are decoded to the end")
+    return list({tuple(entry["prompt_ids"]): entry for entry in whole}.values())
+
+
+MARKED = prompts_with_markers()
+
+
+@each("entries", [MARKED] if len(MARKED) > 1 else [], ids=lambda entries: f"{len(entries)} rows")
+def test_coconut_prompts_padded_on_the_left_are_decoded_alike(
+    entries: list[dict[str, Any]], coconut: LatentCausalLM
+) -> None:
+    """All prompts of the set in one batch: different lengths, different numbers of slots, learned positions."""
     ids = COCONUT["token_ids"]
     questions = [question_of(entry["prompt_ids"])[0] for entry in entries]
     width = max(map(len, questions))
