@@ -237,13 +237,15 @@ class _Chain:
         """What the blocks that begin at a column are fed: the state before it, and the chosen image embeddings."""
         blocks, device = self.blocks, self.ids.device
         here = (blocks.start + self.shift[blocks.row] == start).nonzero()[:, 0]
-        if not len(here):
-            return
         row = blocks.row[here]
+        # At spare borders, too, where nothing is written: a latent head whose weights are sharded then runs as often
+        # on every process, forwards and backwards.
         vectors = state if self.plan.step is None else self.plan.step(state)
-        vectors = self._edited(vectors, here)
+        vectors = self._edited(vectors, here) if len(here) else vectors
         slots = (row.to(device), (blocks.slot[here] + self.shift[row]).to(device))
         self.latents = self.latents.index_put(slots, vectors[slots[0]].to(self.latents.dtype))
+        if not len(here):
+            return
         most = int(blocks.count[here].max())
         if most == 0:
             return
