@@ -96,7 +96,8 @@ def convert_stock_checkpoint(
         latent_fields: latent fields of the configuration that win over the method's, e.g. `{"latent_head": "simple",
             "latent_stop_vector": True}`; what the folder lacks is drawn at random.
         init_token: token whose rows of the embedding and of the LM head the added tokens start with. Default: that of
-            the method, if the tokenizer has it as one token (Coconut and IVT-LR: `"<<"`); `None`: no token.
+            the method, if the tokenizer has it as one token (Coconut and IVT-LR: `"<<"`); `None`: no token. With a
+            `processor` of the caller no row is changed.
         model_kwargs: for `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Returns:
