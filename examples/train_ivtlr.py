@@ -65,6 +65,7 @@ class TrainStagedConfig(FirstRun, StagedSFTConfig):
     """`StagedSFTConfig` with defaults for a first run on the tiny base; a YAML file sets the real ones."""
 
     output_dir: str | None = field(default="runs/ivtlr-maze", metadata={"help": "Where the model is saved."})
+    max_steps: int = field(default=-1, metadata={"help": "Optimiser steps; -1: num_train_epochs."})
 
 
 def load_data(script: StagedScriptArguments, config: StagedSFTConfig, has_images: bool) -> tuple[Any, Any]:
