@@ -77,6 +77,12 @@ def _reset_optimizer(value: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {} if found is None else {"reset_optimizer": found}
 
 
+def _debug(value: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    if value is True:
+        raise ValueError("for a short run set max_steps")
+    return {} if value in (None, False) else {"debug": value}
+
+
 def _mode(name: str, setting: dict[str, Any], effect: str) -> PublishedArgument:
     """One of the published switches `coconut`, `cot`, `no_cot`, `no_thoughts`, of which one is true."""
 
@@ -114,12 +120,12 @@ STAGED_ARGUMENTS: tuple[PublishedArgument, ...] = (
     PublishedArgument("model_id", STAGED, "model_name_or_path", "base model, without load_model_path", _model_id),
     renamed("train_path", STAGED, "data_path", "training data"),
     renamed("val_path", STAGED, "eval_data_path", "data of the evaluation loss"),
-    PublishedArgument("project", STAGED, "", "dropped: set WANDB_PROJECT", lambda value, settings: {}),
+    same("project", STAGED, "read by trackio; for wandb set WANDB_PROJECT"),
     dead(
         "only_eval", STAGED, "true is refused: examples/evaluate_steps.py", "evaluate with examples/evaluate_steps.py",
         (False, None),
     ),
-    dead("debug", STAGED, "true is refused: num_mazes, max_steps", "for a short run set max_steps", (False, None)),
+    PublishedArgument("debug", STAGED, "debug", "true is refused: max_steps; a word is transformers' own", _debug),
     dead(
         "save_only_improve", STAGED, "true is refused: save_strategy: best",
         "set save_strategy: best with metric_for_best_model, e.g. loss_ce", (False, None),
