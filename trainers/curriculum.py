@@ -9,7 +9,6 @@ Used by the curricula of "Training Large Language Models to Reason in a Continuo
 2412.06769) and "Reasoning in the Dark: Interleaved Vision-Text Reasoning in Latent Space" (IVT-LR, arXiv 2510.12603).
 """
 
-import itertools
 import logging
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -98,12 +97,11 @@ class Curriculum:
         """
         if self.is_one_stage:
             return self.start_stage
-        time = step if self.unit == "step" else step // _known(steps_per_epoch)
-        for stage in itertools.count(self.start_stage):
-            time -= self.lengths[min(stage, len(self.lengths) - 1)]
-            if time < 0 or stage == self.last_stage:
-                return stage
-        raise AssertionError("not reached")
+        stage, behind = self.start_stage, step
+        while stage != self.last_stage and behind >= self._length(stage, steps_per_epoch):
+            behind -= self._length(stage, steps_per_epoch)
+            stage += 1
+        return stage
 
     def resets_at(self, step: int, steps_per_epoch: int | None = None) -> bool:
         """Whether the optimizer is a new one from this step on; at the first of a run it is anyway."""
@@ -124,6 +122,7 @@ class Curriculum:
         return stages
 
     def _length(self, stage: int, steps_per_epoch: int | None) -> int:
+        """Of a stage in steps."""
         length = self.lengths[min(stage, len(self.lengths) - 1)]
         return length if self.unit == "step" else length * _known(steps_per_epoch)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.trainers.staged_parts import IMAGE_FAMILIES, QWEN_FAMILIES, TEXT_FAMILIES, scenes, staged_args, staged_parts
 from trainers import StagedCollator
@@ -14,6 +15,7 @@ from trainers.data.llava_text import IGNORE_INDEX
 from trainers.data.records import RecordError
 from trainers.data.staged_text import encode_staged
 from trainers.data.stages import StageLayout
+from trainers.distributed import first_rows
 from trainers.staged_collator import image_token_counts, stage_tokens
 
 TEXT_ROW = {**scenes(images=False)[0], "meta": {"source": "data.json", "row": 7}}
@@ -112,6 +114,31 @@ def test_only_the_last_image_is_copied_when_it_alone_is_looked_at() -> None:
         assert int((made([both])["input_ids"] == made.tokens.patch).sum()) == expected
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "chameleon", "gpt2"])
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_the_first_rows_of_a_batch_keep_their_images(family: str, kept: int) -> None:
+    """Of the last batch of an evaluation on several processes; rows may have several images, or none."""
+    made, records = collator(family), scenes(family != "gpt2")
+    if family != "gpt2":
+        records[1]["images"] = [*records[1]["images"], *records[0]["images"]]
+    made.stage = 1
+    found, alone = first_rows(made(records), kept, made.processor), made(records[:kept])
+    assert found.keys() == alone.keys()
+    for name, value in alone.items():
+        is_image = name in ("pixel_values", "image_grid_thw")
+        assert torch.equal(found[name] if is_image else found[name][:, : value.shape[1]], value), name
+
+
+def test_images_become_squares_on_white_when_asked() -> None:
+    transparent = Image.new("RGBA", (90, 30), (0, 0, 0, 0))
+    record = {**scenes()[0], "images": [transparent]}
+    square, plain = collator(image_size=56)([record]), collator()([record])
+    assert square["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert plain["image_grid_thw"].tolist() != [[1, 4, 4]]
+    white = collator()([{**record, "images": [Image.new("RGB", (56, 56), "white")]}])
+    assert torch.equal(square["pixel_values"], white["pixel_values"])
+
+
 def test_controls_lay_out_what_they_say() -> None:
     found = {}
     for mode in ("latent", "pause", "no_thoughts", "no_cot"):
@@ -172,5 +199,7 @@ def test_wrong_options_are_refused() -> None:
     processor = staged_parts("qwen2_5_vl", "coconut")[1]
     with pytest.raises(ValueError, match="num_latent_patches=2, but the processor has no token for inserted"):
         StagedCollator(processor, StageLayout(num_patches=2))
+    with pytest.raises(ValueError, match="image_size=-3 must be an integer of at least 1"):
+        StagedCollator(processor, image_size=-3)
     with pytest.raises(ValueError, match="pad_to_multiple_of=0 must be an integer of at least 1"):
         StagedCollator(processor, pad_to_multiple_of=0)
