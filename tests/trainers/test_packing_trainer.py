@@ -324,7 +324,7 @@ def test_resuming_with_other_batches_is_refused(
 @pytest.mark.parametrize("way", [SEQUENCE, BUCKETS], ids=["sequence", "buckets"])
 def test_a_dry_run_counts_rows_and_steps(way: dict[str, Any], build: Build) -> None:
     trainer = build(**way, gradient_accumulation_steps=2)
-    lines = _step_lines(trainer, 2, None)
+    lines, _ = _step_lines(trainer, 2, None)
     text, tokens = "\n".join(lines), sum(trainer.packing_plan.lengths)
     assert f"packing ({way['latent_packing']!r})".replace("'", "") in text
     samples, found = re.search(r"about (\d+) samples, ([\d,]+) tokens a step", text).groups()
