@@ -27,6 +27,7 @@ from trainers.data.records import Record, RecordReport
 from trainers.data.staged_formats import PROMPTS, STAGED_FORMATS
 
 GRAPH_SIZES = ("num_nodes", "num_edges", "num_entities", "path_lengths")
+NOTATIONS = ("sentences", "pairs")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--small", action="store_true", help="graphs of the size for tiny models")
     for name in GRAPH_SIZES:
         add(f"--{name}", type=int, nargs="+" if name == "path_lengths" else None, default=None, help="of a graph")
+    add("--notation", default=None, choices=NOTATIONS, help="of a graph; pairs for a tiny model")
     add("--format", default=None, choices=tuple(STAGED_FORMATS), help="how a question is written; default: the task's")
     add("--prompt", default="training", choices=PROMPTS, help="'published_inference' for weights as published")
     add("--image_size", type=int, default=None, help="resize images to such a square (published for Qwen2-VL: 280)")
@@ -53,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_records(args: argparse.Namespace) -> list[Record]:
     """The records that the options ask for; says which rows were left out."""
-    sizes = {name: getattr(args, name) for name in GRAPH_SIZES if getattr(args, name) is not None}
+    sizes = {name: getattr(args, name) for name in (*GRAPH_SIZES, "notation") if getattr(args, name) is not None}
     report = RecordReport(args.max_bad_share)
     records = read_task(
         args.task, args.data_path, args.split, num=args.num, seed=args.seed, image_folder=args.image_folder,

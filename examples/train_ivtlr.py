@@ -22,6 +22,7 @@ from transformers import set_seed
 from modeling_latent.generation_latent import saved_generation_config
 from trainers import LatentSFTTrainer, StagedSFTConfig
 from trainers.checkpoint_files import checkpoint_of_epoch
+from trainers.data.graphs import SMALL_GRAPHS
 from trainers.data.step_readers import STEP_READERS, read_steps
 from trainers.model_loading import LatentModelConfig, load_for_training
 from trainers.published_arguments import PublishedParser
@@ -37,6 +38,7 @@ from trainers.scripts import (
 )
 
 MAZE_RECIPE = MAZES / "ivtlr.yaml"
+GRAPH_OPTIONS = ("num_nodes", "num_edges", "num_entities", "path_lengths", "notation")
 
 
 @dataclass
@@ -55,6 +57,14 @@ class StagedScriptArguments(ScriptArguments):
     )
     eval_data_path: str | None = field(default=None, metadata={"help": "Data of the evaluation loss, same format."})
     eval_data_split: str | None = field(default=None, metadata={"help": "Part of that Hub id, e.g. validation."})
+    small: bool = field(default=False, metadata={"help": "Generated graphs have the few names of a tiny model."})
+    num_nodes: int | None = field(default=None, metadata={"help": "Entities and concepts of a generated graph."})
+    num_edges: int | None = field(default=None, metadata={"help": "Its sentences."})
+    num_entities: int | None = field(default=None, metadata={"help": "Its entities, two of them rivals."})
+    path_lengths: list[int] | None = field(default=None, metadata={"help": "Its numbers of steps, drawn from these."})
+    notation: str | None = field(
+        default=None, metadata={"help": "Of generated graphs: 'sentences', or 'pairs' for a tiny model."}
+    )
     resume_epoch: int | None = field(
         default=None, metadata={"help": "Go on from the checkpoint that output_dir has of the end of this epoch."}
     )
@@ -71,8 +81,11 @@ class TrainStagedConfig(FirstRun, StagedSFTConfig):
 def load_data(script: StagedScriptArguments, config: StagedSFTConfig, has_images: bool) -> tuple[Any, Any]:
     """Training and evaluation records."""
     if script.data_path is None:
-        load = load_mazes if has_images else load_graphs
-        return load(script, config, stream=config.steps_per_stage is not None)
+        stream = config.steps_per_stage is not None
+        if has_images:
+            return load_mazes(script, config, stream)
+        given = {name: getattr(script, name) for name in GRAPH_OPTIONS if getattr(script, name) is not None}
+        return load_graphs(script, config, stream, **{**(SMALL_GRAPHS if script.small else {}), **given})
     options = {"image_folder": script.image_folder, "require_steps": config.staged_mode != "no_cot"}
 
     def table(path: str | None, split: str | None) -> Dataset | None:

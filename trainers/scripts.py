@@ -78,20 +78,21 @@ def load_mazes(script: ScriptArguments, config: Any, stream: bool = True) -> tup
     return train, maze_dataset(held_out, split="validation", **options) if held_out else None
 
 
-def load_graphs(script: ScriptArguments, config: Any, stream: bool = True) -> tuple[Any, Dataset | None]:
+def load_graphs(script: ScriptArguments, config: Any, stream: bool = True, **sizes: Any) -> tuple[Any, Dataset | None]:
     """Generated questions on graphs to train on, and held-out ones; `num_mazes`, `num_eval_mazes` and `maze_seed` say
     how many and which.
 
     Args:
         stream: questions without end unless `num_mazes` is set; False: a table.
+        sizes: of a graph, see `GraphGenerator`.
     """
     seed = config.seed if script.maze_seed is None else script.maze_seed
     if script.num_mazes or not stream:
-        train = graph_dataset(script.num_mazes or TABLE_OF_GRAPHS, seed)
+        train = graph_dataset(script.num_mazes or TABLE_OF_GRAPHS, seed, **sizes)
     else:
-        train = graph_stream(seed, num_shards=config.world_size * max(1, config.dataloader_num_workers))
+        train = graph_stream(seed, num_shards=config.world_size * max(1, config.dataloader_num_workers), **sizes)
     held_out = script.num_eval_mazes
-    return train, graph_dataset(held_out, seed, "validation") if held_out else None
+    return train, graph_dataset(held_out, seed, "validation", **sizes) if held_out else None
 
 
 def load_table(read: Callable[[RecordReport], Iterable[Record]], max_bad_share: float) -> Dataset:

@@ -44,7 +44,12 @@ _ASKED = re.compile(r"Is (\w+) an? (\w+) or (?:an? )?(\w+)\?")
 
 
 def graph_record(
-    question: GraphQuestion, *, id: str | None = None, sentences: str = " ", meta: dict[str, Any] | None = None
+    question: GraphQuestion,
+    *,
+    id: str | None = None,
+    sentences: str = " ",
+    notation: str = "sentences",
+    meta: dict[str, Any] | None = None,
 ) -> Record:
     """A graph question with its steps.
 
@@ -52,13 +57,23 @@ def graph_record(
         question: what to write.
         id: of the record; `graph-{identity}` by default.
         sentences: what separates two sentences of the question.
+        notation: `"sentences"`, or `"pairs"` for tiny models: "zumpus lempus ; Alex zumpus ; Alex ? lempus gorpus",
+            the answer "lempus".
         meta: more entries for `meta`, which has `identity`, `options` (in the order asked), `right` (0 or 1, which of
             them is right), `subject`, `path`, `num_nodes` and `num_edges`.
     """
-    persons = set(question.entities)
-    edges = [_sentence(edge, persons) for edge in question.edges]
     first, second = question.options
-    asked = f"Is {question.subject} a {first} or a {second}?"
+    path = list(itertools.pairwise(question.path))
+    if notation == "pairs":
+        asked = " ; ".join([*map(" ".join, question.edges), f"{question.subject} ? {first} {second}"])
+        answer, steps = question.answer, list(map(" ".join, path))
+    elif notation == "sentences":
+        persons = set(question.entities)
+        edges = [_sentence(edge, persons) for edge in question.edges]
+        asked = sentences.join([*edges, f"Is {question.subject} a {first} or a {second}?"])
+        answer, steps = f"{question.subject} is a {question.answer}.", [_sentence(edge, persons) for edge in path]
+    else:
+        raise ValueError(f"notation={notation!r} is unknown; choose 'sentences' or 'pairs'")
     facts = {
         "identity": question.identity,
         "subject": question.subject,
@@ -70,9 +85,9 @@ def graph_record(
     }
     return make_record(
         id=id or f"graph-{question.identity}",
-        question=sentences.join([*edges, asked]),
-        answer=f"{question.subject} is a {question.answer}.",
-        steps=[_sentence(edge, persons) for edge in itertools.pairwise(question.path)],
+        question=asked,
+        answer=answer,
+        steps=steps,
         meta={**facts, **(meta or {})},
     )
 
@@ -142,7 +157,13 @@ def _edge(sentence: str) -> Edge:
 
 
 def graph_dataset(
-    num: int, seed: int = 0, split: str = "train", *, unique: bool | None = None, **graph_options: Any
+    num: int,
+    seed: int = 0,
+    split: str = "train",
+    *,
+    unique: bool | None = None,
+    notation: str = "sentences",
+    **graph_options: Any,
 ) -> Dataset:
     """`num` generated questions as a table.
 
@@ -150,6 +171,7 @@ def graph_dataset(
         num: number of questions.
         seed, split: see [`GraphGenerator`].
         unique: whether a graph may occur only once; by default for `"validation"` and `"test"`.
+        notation: see [`graph_record`].
         graph_options: sizes and names, see [`GraphGenerator`], e.g. `**SMALL_GRAPHS`.
 
     Returns:
@@ -163,7 +185,7 @@ def graph_dataset(
 
     if num < 1:
         raise ValueError(f"num is {num}; ask for at least one question")
-    make_row = _GeneratedRow(GraphGenerator(seed, split, **graph_options))
+    make_row = _GeneratedRow(GraphGenerator(seed, split, **graph_options), notation)
     unique = split != "train" if unique is None else unique
     taken: set[str] = set()
     rows = []
@@ -176,7 +198,13 @@ def graph_dataset(
 
 
 def graph_stream(
-    seed: int = 0, split: str = "train", *, num: int | None = None, num_shards: int = 1, **graph_options: Any
+    seed: int = 0,
+    split: str = "train",
+    *,
+    num: int | None = None,
+    num_shards: int = 1,
+    notation: str = "sentences",
+    **graph_options: Any,
 ) -> IterableDataset:
     """Generated questions without end (or `num` of them), drawn when they are asked for; shards as in `maze_stream`.
 
@@ -184,6 +212,7 @@ def graph_stream(
         seed, split: see [`GraphGenerator`].
         num: number of questions in all; endless by default.
         num_shards: number of shards, at least processes times loader workers.
+        notation: see [`graph_record`].
         graph_options: sizes and names, see [`GraphGenerator`].
 
     Returns:
@@ -192,7 +221,7 @@ def graph_stream(
     Raises:
         ValueError: an option out of its range.
     """
-    make_row = _GeneratedRow(GraphGenerator(seed, split, **graph_options))
+    make_row = _GeneratedRow(GraphGenerator(seed, split, **graph_options), notation)
     make_row({"index": 0})  # refuses wrong options here, not in a worker
     return generated_numbers(num, num_shards).map(make_row, remove_columns=["index"], features=record_features())
 
@@ -202,6 +231,7 @@ class _GeneratedRow:
     """From the number of a question to its row (`meta` as JSON); a class, so that it can be pickled."""
 
     generator: GraphGenerator
+    notation: str = "sentences"
 
     def __call__(self, example: dict[str, int]) -> dict[str, Any]:
         return self.of_question(example["index"], self.generator.question(example["index"]))
@@ -209,5 +239,5 @@ class _GeneratedRow:
     def of_question(self, index: int, question: GraphQuestion) -> dict[str, Any]:
         seed, split = self.generator.seed, self.generator.split
         origin = {"ds_name": "generated graphs", "split": split, "seed": seed, "row": index}
-        row = graph_record(question, id=f"graph-{split}-{seed}-{index}", meta=origin)
+        row = graph_record(question, id=f"graph-{split}-{seed}-{index}", notation=self.notation, meta=origin)
         return {**row, "meta": json.dumps(row["meta"])}

@@ -304,3 +304,16 @@ def test_wrong_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_generation, "MAX_DRAWS", 20)
     with pytest.raises(ValueError, match="use shorter paths, more nodes, fewer edges or more names"):
         GraphGenerator(num_edges=240).question(0)
+
+
+def test_notation_in_pairs() -> None:
+    question = GraphGenerator(**SMALL_GRAPHS).question(0)
+    record = graph_record(question, notation="pairs")
+    *pairs, asked = record["question"].split(" ; ")
+    assert [tuple(pair.split()) for pair in pairs] == list(question.edges)
+    assert asked == f"{question.subject} ? {' '.join(question.options)}" and record["answer"] == question.answer
+    assert [step.split()[1] for step in record["steps"]] == list(question.path[1:])
+    row = graph_dataset(1, notation="pairs", **SMALL_GRAPHS)[0]
+    assert " ; " in row["question"] and row["answer"] in json.loads(row["meta"])["options"]
+    with pytest.raises(ValueError, match="notation='graph' is unknown"):
+        graph_record(question, notation="graph")
