@@ -40,6 +40,8 @@ for _option in (
     LatentOption("latent_patch_images", "all", one_of(*PATCH_IMAGES), "images that are looked at"),
     LatentOption("latent_vision_first", True, is_bool, "inserted embeddings stand before their slot"),
     LatentOption("latent_markers", False, is_bool, "write the start and the end marker around the slots"),
+    LatentOption("latent_fed", "state", one_of("state", "token"),
+                 "what slots are fed: states, or (control: pause tokens) the slot token's own embedding"),
     LatentOption("latent_suffix_ids", None, token_ids, "ids written behind the slots and their markers"),
     LatentOption("stop_on_first_token", True, is_bool,
                  "an end of turn right behind the slots ends the row; False: it does not, as published"),
@@ -73,6 +75,11 @@ def lay_out(model: nn.Module, model_kwargs: dict, options: LatentOptions) -> dic
     for row, (tokens, kept) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
         tokens = [token for token, keep in zip(tokens, kept, strict=True) if keep]
         images = _image_tokens(tokens, config, values)
+        if values.num_latent_patches and values.latent_fed == "token":
+            raise ValueError(
+                f"num_latent_patches={values.num_latent_patches} with latent_fed='token': nothing is inserted before "
+                "a pause token; pass num_latent_patches=0"
+            )
         if values.num_latent_patches and not images and (laid_out or steps[row]):
             raise ValueError(
                 f"row {row} has no image, and num_latent_patches={values.num_latent_patches} image embeddings are to "
@@ -209,8 +216,10 @@ def prefill(
     state: LatentState,
     **stock_options: Any,
 ) -> Any:
-    """The stock prefill of the prompts with their blocks, run as a plan."""
+    """The stock prefill of the prompts with their blocks, run as a plan; plainly where slots are pause tokens."""
     values = state.options.values
+    if values.latent_fed == "token":
+        return _paused(model, stock_prefill, input_ids, generation_config, model_kwargs, state, **stock_options)
     plan = LatentPlan(
         patch_order=values.latent_patch_order,
         patch_images=values.latent_patch_images,
@@ -230,6 +239,22 @@ def prefill(
     if state.keep_trace:
         state.prompt_record = _record(model, plan_output, input_ids, rows, values)
     return outputs
+
+
+def _paused(
+    model: nn.Module,
+    stock_prefill: Callable[..., Any],
+    input_ids: torch.LongTensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict,
+    state: LatentState,
+    **stock_options: Any,
+) -> Any:
+    """The stock prefill, in which no position is fed by a vector."""
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    embeds = torch.zeros(*mask.shape, state.hidden_size, dtype=model.dtype, device=mask.device)
+    state.prompt_latents = embeds, mask
+    return stock_prefill(input_ids, generation_config, model_kwargs, **stock_options)
 
 
 def _record(
@@ -305,6 +330,7 @@ register_latent_strategy(
             "latent_patch_images",
             "latent_vision_first",
             "latent_markers",
+            "latent_fed",
             "latent_suffix_ids",
             "stop_on_first_token",
             "latent_ids",

@@ -289,13 +289,14 @@ class StagedSFTConfig(LatentSFTConfig):
         """Options of `generate` that are saved with the model: latents as at the last stage of the curriculum."""
         last, layout = self.curriculum().last_stage, self.layout()
         stage = layout.max_latent_stage if last is None else min(last, layout.max_latent_stage)
-        if self.staged_mode != "latent":
+        if self.staged_mode not in ("latent", "pause"):
             return {"latent_strategy": "off"}
         return {
             "latent_strategy": "staged",
             "num_latent_steps": stage * layout.latents_per_step,
             "max_latent_steps": self.max_latent_steps,
-            "num_latent_patches": self.num_latent_patches,
+            "num_latent_patches": layout.num_patches,
+            "latent_fed": "token" if self.staged_mode == "pause" else "state",
             "latent_patch_order": self.latent_patch_order,
             "latent_patch_images": self.latent_patch_images,
             "latent_vision_first": self.latent_vision_first,

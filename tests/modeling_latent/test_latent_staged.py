@@ -132,6 +132,23 @@ def test_hook_and_noise_reach_every_slot(model: Any, inputs: dict[str, torch.Ten
         staged(model, inputs, latent_hook=lambda step: step.latent[:1], **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}, {"prefill_chunk_size": 7}])
+def test_pause_tokens_are_fed_by_their_own_embedding(
+    model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]
+) -> None:
+    """As training with `staged_mode: pause`: the stock class with the slots as ordinary tokens."""
+    slot, stock = model.config.latent_token_id, tiny_pair(0, 6.0, "qwen2_5_vl", None)[0]
+    output = staged(model, inputs, num_latent_steps=2, latent_fed="token", **options)
+    with_slots = dict(inputs)
+    for name, value in (("input_ids", slot), ("attention_mask", 1), ("mm_token_type_ids", 0)):
+        with_slots[name] = torch.nn.functional.pad(inputs[name], (0, 2), value=value)
+    banned = [slot, model.config.latent_patch_token_id, model.config.latent_start_token_id]
+    expected = stock.generate(**with_slots, max_new_tokens=4, suppress_tokens=banned, **options)
+    assert torch.equal(output.sequences, expected)
+    with pytest.raises(ValueError, match="num_latent_patches=1 with latent_fed='token'"):
+        staged(model, inputs, num_latent_steps=2, num_latent_patches=1, latent_fed="token")
+
+
 def test_first_token_may_be_deaf_to_the_end(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     """Published: an end of turn right behind the slots does not end the row."""
     options = {"num_latent_steps": 1, "num_latent_patches": 0}

@@ -218,6 +218,7 @@ def test_defaults_follow_the_method(tmp_path: Path) -> None:
     assert (coconut.num_latent_patches, coconut.latent_gradient, coconut.latent_markers) == (0, "bptt", True)
     assert ivtlr.curriculum().last_stage is None and ivtlr.decoding()["num_latent_steps"] == 5
     assert coconut.decoding() == {
+        "latent_fed": "state",
         "latent_strategy": "staged", "num_latent_steps": 3, "max_latent_steps": 16, "num_latent_patches": 0,
         "latent_patch_order": "score", "latent_patch_images": "all", "latent_vision_first": True,
         "latent_markers": True,
