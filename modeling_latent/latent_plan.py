@@ -335,6 +335,8 @@ def _check_inputs(ids: torch.LongTensor | None, inputs: dict[str, Any], plan: La
         )
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("a latent plan reads images, not videos; leave pixel_values_videos out")
+    if inputs.get("pixel_values") is not None and inputs.get("mm_encoder_outputs"):
+        raise ValueError("pixel_values and mm_encoder_outputs are two forms of the same images; pass one of them")
     for name in ("inputs_embeds", "pixel_values_videos", "video_grid_thw"):
         inputs.pop(name, None)
     mask = inputs.get("attention_mask")

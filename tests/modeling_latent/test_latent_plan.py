@@ -258,6 +258,7 @@ REFUSED = {
     ),
     "latents given": ({"latent_embeds": torch.zeros(1, 1, 64)}, {}, "pass one of the two"),
     "a mask of another shape": ({"attention_mask": torch.ones(1, 3)}, {}, "must have the shape of input_ids"),
+    "images twice": ({"mm_encoder_outputs": {"image": object()}}, {}, "two forms of the same images"),
     "videos": ({"pixel_values_videos": torch.zeros(1, 1)}, {}, "reads images, not videos"),
     "an unknown order": ({}, {"patch_order": "random"}, "patch_order='random' is unknown"),
     "an unknown gradient": ({}, {"gradient": "none"}, "gradient='none' is unknown"),
