@@ -692,47 +692,47 @@ def test_a_hook_equals_overwrite_of_the_naive_decoder(
 def test_a_stop_rule_and_an_option_of_a_test(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor], tables: None
 ) -> None:
-    """A span that closes when the norm of the next vector passes a limit: one rule, one option, one strategy."""
+    """A span that closes when the largest entry of the next vector passes a limit: a rule, an option, a strategy."""
 
-    @register_stop_rule("norm_above")
-    def norm_above(step: LatentStep) -> torch.BoolTensor:
-        return (step.latent.norm(dim=-1) > step.options.norm_limit) & (step.count > 0)
+    @register_stop_rule("peak_above")
+    def peak_above(step: LatentStep) -> torch.BoolTensor:
+        return (step.latent.amax(dim=-1) > step.options.peak_limit) & (step.count > 0)
 
-    register_latent_option(LatentOption("norm_limit", 1e9, number_from(0.0), "closes a span above this norm"))
+    register_latent_option(LatentOption("peak_limit", 1e9, number_from(0.0), "closes a span above this entry"))
     register_latent_strategy(
         LatentStrategy(
             name="calm",
-            stops=("norm_above", "max_latent_steps"),
-            options=("norm_limit", "max_latent_steps", "force_span", "latent_answer_ids"),
+            stops=("peak_above", "max_latent_steps"),
+            options=("peak_limit", "max_latent_steps", "force_span", "latent_answer_ids"),
             force_span=True,
-            forced=("norm_above",),
+            forced=("peak_above",),
         )
     )
     plain = decode(model, inputs, latent_strategy="calm", max_latent_steps=9, output_hidden_states=True)
-    norms = torch.stack([states[-1][:, -1].norm(dim=-1) for states in plain.hidden_states[1:10]], dim=1)
-    seen = sorted(norms[:, 1:].flatten().tolist())
+    peaks = torch.stack([states[-1][:, -1].amax(dim=-1) for states in plain.hidden_states[1:10]], dim=1)
+    seen = sorted(peaks[:, 1:].flatten().tolist())
 
     def closes(limit: float) -> list[int]:
-        return [next((i for i in range(1, 9) if row[i] > limit), 9) for row in norms.tolist()]
+        return [next((i for i in range(1, 9) if row[i] > limit), 9) for row in peaks.tolist()]
 
     limits = [(low + high) / 2 for low, high in zip(seen, seen[1:], strict=False) if high - low > 1e-3]
     limit = next(each for each in limits if closes(each)[0] != closes(each)[1])  # the rows close at different steps
     first = closes(limit)
     assert min(first) < 9
     output = decode(
-        model, inputs, latent_strategy="calm", max_latent_steps=9, norm_limit=limit, latent_answer_ids=[40]
+        model, inputs, latent_strategy="calm", max_latent_steps=9, peak_limit=limit, latent_answer_ids=[40]
     )
     spans = {span.row: span for span in output.latent_trace.spans if span.start == output.latent_trace.prompt_length}
     for row in range(2):
         assert spans[row].length == first[row]
-        assert spans[row].reason == ("norm_above" if first[row] < 9 else "max_latent_steps")
+        assert spans[row].reason == ("peak_above" if first[row] < 9 else "max_latent_steps")
         after = spans[row].end + 1 - output.latent_trace.prompt_length
         assert after >= 12 or (new_ids(output)[row][after] == 40) == (first[row] < 9)
-    assert output.latent_trace.info["options"]["norm_limit"] == limit
-    with pytest.raises(ValueError, match="'dynamic' does not read .'norm_limit'."):
-        decode(model, inputs, norm_limit=1.0)
-    with pytest.raises(ValueError, match="norm_limit=-1 must be a number"):
-        decode(model, inputs, latent_strategy="calm", norm_limit=-1)
+    assert output.latent_trace.info["options"]["peak_limit"] == limit
+    with pytest.raises(ValueError, match="'dynamic' does not read .'peak_limit'."):
+        decode(model, inputs, peak_limit=1.0)
+    with pytest.raises(ValueError, match="peak_limit=-1 must be a number"):
+        decode(model, inputs, latent_strategy="calm", peak_limit=-1)
 
 
 def append_slots(model: torch.nn.Module, model_kwargs: dict[str, Any], vectors: torch.Tensor) -> dict[str, Any]:
