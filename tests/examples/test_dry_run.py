@@ -12,6 +12,7 @@ import yaml
 from examples import train_laser
 from tests.examples.published_models import CHAMELEON, QWEN2_VL, STAGED_MODELS, STAGED_TOTALS, staged_files
 from tests.hub import ROOT, LocalHub, Repo, StoredFile
+from trainers.graph_model import save_graph_base
 from trainers.tiny import STOCK_CHAT_TEMPLATE, TINY_TEXTS, save_tiny_stock_checkpoint, tiny_config
 from trainers.tiny_tokenizer import build_tiny_tokenizer
 
@@ -106,11 +107,18 @@ def script_of(path: Path) -> str:
     return found[1]
 
 
-def start_of(path: Path) -> str | None:
-    """For a recipe that goes on from the folder of another: the model that this one starts from."""
+def start_of(path: Path, made: dict[str, Path]) -> str | None:
+    """For a recipe that goes on from a folder of `runs/`: where it is, or the model that the recipe of this folder
+    starts from.
+
+    Args:
+        made: folders that a script makes, by the name that recipes have for them.
+    """
     folder = yaml.safe_load(path.read_text()).get("model_name_or_path", "")
     if not folder.startswith("runs/"):
         return None
+    if folder in made:
+        return str(made[folder])
     before = next(other for other in RECIPES if yaml.safe_load(other.read_text()).get("output_dir") == folder)
     return yaml.safe_load(before.read_text()).get("model_name_or_path", str(ROOT / "hub_configs/maze-tiny/base"))
 
@@ -124,10 +132,11 @@ def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             repo = hub.repos["models", name] = Repo()
             commit = repo.add(published_files(name) if name in SHAPES else staged_files(name))
             asked[name] = repo.commits[commit] = AskedFiles(repo.commits[commit])
-        scripts = {name: (script_of(path), start_of(path)) for name, path in zip(NAMES, RECIPES, strict=True)}
+        made = {"runs/graph-base": save_graph_base(tmp_path_factory.mktemp("made") / "graph-base")}
+        scripts = {name: (script_of(path), start_of(path, made)) for name, path in zip(NAMES, RECIPES, strict=True)}
         printed = hub.run(DRY_RUNS, str(ROOT), json.dumps(scripts), timeout=600)
         result = json.loads(printed.strip().splitlines()[-1])
-        return {**result, "asked": {name: files.asked for name, files in asked.items()}}
+        return {**result, "made": made, "asked": {name: files.asked for name, files in asked.items()}}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -139,7 +148,7 @@ def test_a_recipe_says_what_it_would_do(name: str, dry_runs: dict[str, Any]) -> 
         assert f"beta {values.get('beta', 0.04):g} (reference: " in report or values.get("beta") == 0
     else:
         check_first_batch(report, values)
-    model = start_of(ROOT / name) or values.get("model_name_or_path")
+    model = start_of(ROOT / name, dry_runs["made"]) or values.get("model_name_or_path")
     totals = {**TOTALS, **STAGED_TOTALS}
     if model in totals:
         assert f"parameters  {totals[model]:,} in all" in report or values.get("use_peft")
@@ -161,12 +170,14 @@ def check_first_batch(report: str, values: dict[str, Any]) -> None:
         start = {"laser": "<|laser_start|>", "lvr": "<|lvr_start|>"}[method]
         assert "latent loss   | " in report and f"cross entropy | {start}" in report
         return
-    last = {"ivtlr": values.get("num_stages", 1) - 1, "coconut": 9}[method] if mode == "latent" else 0
+    last = values.get("num_stages", 10) - 1 if mode == "latent" else 0  # without an end: 50 epochs of 5 a stage
     assert f"stage {last}: steps " in report and f"stage {last + 1}: steps " not in report
-    most = min(last, values.get("max_latent_stage", 5))
+    most = min(last, values.get("max_latent_stage", 5)) * values.get("latents_per_step", 1)
     behind = report.split(f"sample 0 at stage {last}")[-1]
     assert ("<|latent|>" in behind) == (most > 0)
     coconut = rf"<\|start-latent\|><\|latent\|>x{most}<\|end-latent\|>"
+    if not values.get("latent_markers", True):
+        coconut = " ".join([r"<\|latent\|>"] * most)
     block = {"ivtlr": r"<\|latent-patch\|>x\d+<\|latent\|>", "coconut": coconut}[method]
     assert most == 0 or re.search(block, behind)
 
