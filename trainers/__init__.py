@@ -13,7 +13,7 @@
 | from a recipe to a model | `model_loading`, `adapters`, `dry_run`, `batch_preview` |
 | what the scripts in `examples/` share | `scripts`; names of published options: `published_arguments` |
 | reinforcement learning | `grpo_config`, `grpo_trainer` (`grpo_*`, `prompt_lengths`), `rewards`, `reward_loading` |
-| tiny models, built in code | `tiny`, `tiny_chameleon`, `tiny_text`, `tiny_tokenizer`, of graph questions `graph_model` |
+| tiny models, built in code | `tiny`, `tiny_chameleon`, `tiny_text`, `tiny_tokenizer`, `graph_model` |
 
 Names are imported when first used, so that `import trainers` costs nothing.
 """
