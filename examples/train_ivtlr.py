@@ -78,14 +78,28 @@ class TrainStagedConfig(FirstRun, StagedSFTConfig):
     max_steps: int = field(default=-1, metadata={"help": "Optimiser steps; -1: num_train_epochs."})
 
 
+def graph_options(script: StagedScriptArguments, has_images: bool) -> dict[str, Any]:
+    """The options of generated graphs that were given.
+
+    Raises:
+        ValueError: there are some, and no graphs are generated; names them.
+    """
+    given = {name: getattr(script, name) for name in GRAPH_OPTIONS if getattr(script, name) is not None}
+    named = [*given, *(["small"] if script.small else [])]
+    if named and (has_images or script.data_path is not None):
+        instead = f"data_path={script.data_path!r} is read" if script.data_path else "the model sees, and gets mazes"
+        raise ValueError(f"{', '.join(named)}: options of generated graphs, but {instead}; leave them out")
+    return {**(SMALL_GRAPHS if script.small else {}), **given}
+
+
 def load_data(script: StagedScriptArguments, config: StagedSFTConfig, has_images: bool) -> tuple[Any, Any]:
     """Training and evaluation records."""
+    graphs = graph_options(script, has_images)
     if script.data_path is None:
         stream = config.steps_per_stage is not None
         if has_images:
             return load_mazes(script, config, stream)
-        given = {name: getattr(script, name) for name in GRAPH_OPTIONS if getattr(script, name) is not None}
-        return load_graphs(script, config, stream, **{**(SMALL_GRAPHS if script.small else {}), **given})
+        return load_graphs(script, config, stream, **graphs)
     options = {"image_folder": script.image_folder, "require_steps": config.staged_mode != "no_cot"}
 
     def table(path: str | None, split: str | None) -> Dataset | None:

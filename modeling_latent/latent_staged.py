@@ -86,7 +86,8 @@ def lay_out(model: nn.Module, model_kwargs: dict, options: LatentOptions) -> dic
                 "be inserted at every slot; add the image, or pass num_latent_patches=0"
             )
         rows.append(_laid_out(tokens, steps[row], images, config, values, laid_out))
-    return {**model_kwargs, **_padded(rows, ids, mask, model_kwargs)}
+    pad = model.generation_config.pad_token_id
+    return {**model_kwargs, **_padded(rows, ids, mask, model_kwargs, 0 if pad is None else pad)}
 
 
 def _steps_of(options: LatentOptions, num_rows: int, config: Any) -> list[int]:
@@ -181,11 +182,11 @@ def _split(blocks: list[int], slot: int, values: SimpleNamespace) -> list[list[i
     return [part for part in parts if part]
 
 
-def _padded(rows: list[list[int]], ids: torch.LongTensor, mask: torch.Tensor, model_kwargs: dict) -> dict:
-    """The rows padded on the left to one length."""
+def _padded(rows: list[list[int]], ids: torch.LongTensor, mask: torch.Tensor, model_kwargs: dict, pad: int) -> dict:
+    """The rows padded on the left to one length, with what pads the prompts already, else with `pad`."""
     length = max(map(len, rows))
     filler = ids[mask == 0]
-    pad = int(filler[0]) if len(filler) else 0
+    pad = int(filler[0]) if len(filler) else pad
     new = [[pad] * (length - len(row)) + row for row in rows]
     new_mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
     changed = {

@@ -200,3 +200,11 @@ def test_what_cannot_work_is_refused(run: Run, bases: dict, folder: Path) -> Non
     with pytest.raises(RecordError, match="it has no image, and the method looks at one"):
         rows = write(folder / "text.json", [{"question": "Odd?", "steps": ["Look."], "answer": "x"}])
         run(bases["qwen"], data_path=rows, data_format="prosqa", start_stage=1)
+
+
+def test_options_of_graphs_are_refused_where_none_is_generated(run: Run, bases: dict, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_nodes, small: options of generated graphs, but the model sees"):
+        run(bases["qwen"], "--latent_method=ivtlr", num_nodes=8, small=True, steps_per_stage=1, max_steps=1)
+    data = write(tmp_path / "prosqa.json", [{"question": "Q", "steps": ["s"], "answer": "a"}])
+    with pytest.raises(ValueError, match="notation: options of generated graphs, but data_path='.*' is read"):
+        run(bases["gpt2"], "--latent_method=coconut", data_path=data, notation="pairs", steps_per_stage=1, max_steps=1)

@@ -65,6 +65,18 @@ def test_without_a_mask_padding_is_found_as_by_the_stock_class(model: Any, input
     assert torch.equal(staged(model, without, **options).sequences, expected.sequences)
 
 
+def test_prompts_without_padding_are_padded_as_the_model_pads(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Rows of one length whose blocks differ."""
+    row = {name: value[1:].repeat(2, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+    row = {name: row[name] for name in ("input_ids", "attention_mask")}
+    row["input_ids"][row["input_ids"] == model.config.image_token_id] = 7
+    kept = row["attention_mask"][0].bool()
+    row = {name: value[:, kept] for name, value in row.items()}
+    model.generation_config.pad_token_id = 3
+    sequences = staged(model, row, num_latent_steps=[1, 3]).sequences
+    assert sequences[0, :2].tolist() == [3, 3] and sequences[1, :2].equal(row["input_ids"][1, :2])
+
+
 def test_defaults_of_the_methods(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     model.config.latent_generation = {"latent_strategy": "staged", "num_latent_steps": 2, "num_latent_patches": 1}
     output = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
