@@ -26,6 +26,7 @@ for _part in (
     "ivtlr_plan",
     "ivtlr_published",
     "ivtlr_stock",
+    "lavit_losses",
     "lvr_data",
     "lvr_decoding",
     "lvr_losses",
