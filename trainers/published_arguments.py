@@ -1,9 +1,10 @@
 """Arguments of published scripts as ours, on the command line and in YAML files.
 
 LVR (arXiv 2509.24251), both stages: the supervised one (`"sft"`) and GRPO_latent (`"grpo"`); IVT-LR and Coconut (arXiv
-2510.12603, 2412.06769; `"staged"`). A name that is ours too passes unchanged; an old or published name becomes our
-field; a dead one is refused, with what to write instead. The tables (`published_table.py`,
-`published_staged_table.py`) are also those of `hub_configs/methods/lvr.md` and `ivtlr.md`.
+2510.12603, 2412.06769; `"staged"`); LaViT (arXiv 2601.10129; `"lavit"`). A name that is ours too passes unchanged; an
+old or published name becomes our field; a dead one is refused, with what to write instead. The tables
+(`published_table.py`, `published_staged_table.py`, `published_lavit_table.py`) are also those of
+`hub_configs/methods/lvr.md`, `ivtlr.md` and `lavit.md`.
 """
 
 import logging
@@ -13,13 +14,19 @@ from typing import Any
 
 from trl import TrlParser
 
+from .published_lavit_table import LAVIT_ARGUMENTS
 from .published_rows import PublishedArgument
 from .published_staged_table import STAGED_ARGUMENTS
 from .published_table import BOTH, PUBLISHED_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 _LOGGED: set[str] = set()
-_TABLES = {"sft": PUBLISHED_ARGUMENTS, "grpo": PUBLISHED_ARGUMENTS, "staged": STAGED_ARGUMENTS}
+_TABLES = {
+    "sft": PUBLISHED_ARGUMENTS,
+    "grpo": PUBLISHED_ARGUMENTS,
+    "staged": STAGED_ARGUMENTS,
+    "lavit": LAVIT_ARGUMENTS,
+}
 
 
 def arguments_of(stage: str) -> dict[str, PublishedArgument]:
@@ -92,7 +99,7 @@ class PublishedParser(TrlParser):
 
     Args:
         dataclass_types: as for `TrlParser`.
-        stage: `"sft"`, `"grpo"` or `"staged"`.
+        stage: `"sft"`, `"grpo"`, `"staged"` or `"lavit"`.
     """
 
     def __init__(self, dataclass_types: Any, stage: str, **kwargs: Any) -> None:
@@ -110,10 +117,17 @@ class PublishedParser(TrlParser):
 
 def staged_argument_table() -> list[str]:
     """The table of IVT-LR and Coconut as Markdown lines, as in `hub_configs/methods/ivtlr.md`."""
-    lines = ["| published key | here | effect |", "|---|---|---|"]
-    return lines + [
-        f"| `{row.name}` | {f'`{row.ours}`' if row.ours else 'none'} | {row.effect} |" for row in STAGED_ARGUMENTS
-    ]
+    return _table("published key", STAGED_ARGUMENTS)
+
+
+def lavit_argument_table() -> list[str]:
+    """The table of LaViT as Markdown lines, as in `hub_configs/methods/lavit.md`."""
+    return _table("published argument", LAVIT_ARGUMENTS)
+
+
+def _table(title: str, rows: tuple[PublishedArgument, ...]) -> list[str]:
+    lines = [f"| {title} | here | effect |", "|---|---|---|"]
+    return lines + [f"| `{row.name}` | {f'`{row.ours}`' if row.ours else 'none'} | {row.effect} |" for row in rows]
 
 
 def argument_table() -> list[str]:
@@ -168,6 +182,7 @@ __all__ = [
     "PublishedParser",
     "argument_table",
     "arguments_of",
+    "lavit_argument_table",
     "staged_argument_table",
     "translate_arguments",
     "translate_settings",

@@ -1,6 +1,6 @@
 """Rows of a table of published arguments: the name of a published script, and what it is here.
 
-The tables: `published_table.py` (LVR), `published_staged_table.py` (IVT-LR and Coconut).
+The tables: `published_table.py` (LVR), `published_staged_table.py` (IVT-LR and Coconut), `published_lavit_table.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -74,4 +74,18 @@ def dead(
     return PublishedArgument(name, stages, "", effect, translate)
 
 
-__all__ = ["PublishedArgument", "Translation", "chosen", "dead", "renamed", "same"]
+# Values -------------------------------------------------------------------------------------------------------------
+
+
+def warmup_ratio(value: Any) -> Any:
+    """A share of all steps, which `warmup_steps` of transformers 5 takes as it is.
+
+    Raises:
+        ValueError: no share.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError("a ratio is at least 0 and below 1; for a number of steps set warmup_steps")
+    return value
+
+
+__all__ = ["PublishedArgument", "Translation", "chosen", "dead", "renamed", "same", "warmup_ratio"]

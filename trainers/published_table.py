@@ -11,6 +11,7 @@ from .published_rows import chosen as _chosen
 from .published_rows import dead as _dead
 from .published_rows import renamed as _renamed
 from .published_rows import same as _same
+from .published_rows import warmup_ratio as _warmup_ratio
 
 STAGES = ("sft", "grpo")
 BOTH, SFT, GRPO = STAGES, ("sft",), ("grpo",)
@@ -50,12 +51,6 @@ def _bits(value: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _random_seed(value: Any) -> Any:
     if value == 0:
         raise ValueError("0 leaves the data in order in the published code; here it is shuffled: give another number")
-    return value
-
-
-def _warmup_ratio(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError("a ratio is at least 0 and below 1; for a number of steps set warmup_steps")
     return value
 
 
