@@ -15,6 +15,7 @@ from .configuration_latent import (
     LatentQwen2VLConfig,
     LatentQwen3VLConfig,
     get_latent_method,
+    learned_tokens,
     register_latent_method,
 )
 from .conversion_latent import (
@@ -28,6 +29,7 @@ from .generation_latent import LatentGenerationMixin, saved_generation_config
 from .latent_attention import capture_attention_rows
 from .latent_heads import LATENT_HEADS, register_latent_head
 from .latent_inputs import LatentCausalLMOutputWithPast, latent_positions, replace_latents
+from .latent_masks import Visibility, hidden_positions, image_visibility, visible_attention
 from .latent_strategies import (
     LATENT_OPTIONS,
     LATENT_STRATEGIES,
@@ -96,12 +98,16 @@ __all__ = [
     "LatentStrategy",
     "LatentTextProcessor",
     "LatentTrace",
+    "Visibility",
     "capture_attention_rows",
     "convert_published_checkpoint",
     "convert_stock_checkpoint",
     "get_latent_method",
+    "hidden_positions",
+    "image_visibility",
     "latent_processor_class",
     "latent_positions",
+    "learned_tokens",
     "load_latent_model",
     "register_latent_head",
     "register_latent_method",
@@ -110,4 +116,5 @@ __all__ = [
     "register_stop_rule",
     "replace_latents",
     "saved_generation_config",
+    "visible_attention",
 ]

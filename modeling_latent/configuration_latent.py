@@ -19,17 +19,26 @@ class PublishedLayout:
     """How the published code of a method saves a model, in terms of ours.
 
     Args:
+        fields: published configuration to further latent fields.
         token_ids: latent field of our configuration to key of the published `config.json`. A folder that has all these
             keys is of this method.
-        fields: published configuration to further latent fields.
         keys: further keys that our configuration replaces.
         tensors: pattern of a published tensor name to our name.
+        architecture: name of the published class, for a method that writes no token ids: a folder that names it is of
+            this method.
     """
 
-    token_ids: dict[str, str]
     fields: Callable[[PreTrainedConfig], dict[str, Any]]
+    token_ids: dict[str, str] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
     tensors: dict[str, str] = field(default_factory=dict)
+    architecture: str | None = None
+
+    def wrote(self, config: PreTrainedConfig) -> bool:
+        """Whether a stock configuration comes from a folder of this layout."""
+        if self.architecture is not None:
+            return self.architecture in (getattr(config, "architectures", None) or [])
+        return all(hasattr(config, key) for key in self.token_ids.values())
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,8 @@ class LatentMethod:
     Args:
         name: key of the table, e.g. `"laser"`.
         tokens: role (`"start"`, `"slot"`, `"latent_end"`, `"end"`, `"patch"`) to token string, **in the order in which
-            they are added** to the tokenizer (the order fixes the ids).
+            they are added** to the tokenizer (the order fixes the ids). A method whose latents are learned tokens has
+            the roles `"learned_1"`, `"learned_2"`, ... in place of `"start"`, `"slot"` and `"end"`.
         generation: defaults of the options of `generate` (see `latent_strategies.py`), saved with the model.
         head: name in the table of latent heads (see `latent_heads.py`), `None` for the hidden state as it is.
         source: paper.
@@ -68,9 +78,10 @@ def register_latent_method(method: LatentMethod) -> LatentMethod:
         ValueError: when the name is taken by another definition or a required role is missing.
     """
     missing = {"start", "slot", "end"} - set(method.tokens)
-    if missing:
+    if missing and "learned_1" not in method.tokens:
         raise ValueError(
-            f"latent method {method.name!r}: tokens lack the roles {sorted(missing)}; give a string for each"
+            f"latent method {method.name!r}: tokens lack the roles {sorted(missing)}; give a string for each, or "
+            "learned tokens ('learned_1', ...)"
         )
     if LATENT_METHODS.get(method.name, method) != method:
         raise ValueError(f"latent method {method.name!r} is already registered with other values; choose another name")
@@ -89,6 +100,11 @@ def get_latent_method(name: str) -> LatentMethod:
             f"unknown latent method {name!r}; choose one of {sorted(LATENT_METHODS)} or register it first"
         )
     return LATENT_METHODS[name]
+
+
+def learned_tokens(number: int) -> dict[str, str]:
+    """Role to string of so many learned tokens, named as LaViT (arXiv 2601.10129) names them."""
+    return {f"learned_{index}": f"<lvr{index}>" for index in range(1, number + 1)}
 
 
 register_latent_method(
@@ -161,10 +177,41 @@ register_latent_method(
 )
 
 
+def _lavit_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The training heads of a published LaViT configuration."""
+    return {
+        "concept_head_size": getattr(config, "v_top_dim", 5120),
+        "attention_head": bool(getattr(config, "use_trajectory_supervision", True)),
+    }
+
+
+register_latent_method(
+    LatentMethod(
+        name="lavit",
+        tokens=learned_tokens(4),
+        generation={"latent_strategy": "learned"},
+        source="LaViT: Aligning Latent Visual Thoughts for Multi-modal Reasoning, arXiv 2601.10129",
+        published=PublishedLayout(
+            architecture="LaViTQwen2VL",
+            fields=_lavit_fields,
+            keys=(
+                "v_top_dim",
+                "loss_scale_vtop",
+                "loss_scale_traj",
+                "training_stage",
+                "bottleneck_block_prompt",
+                "use_trajectory_supervision",
+            ),
+            tensors={r"^v_top_head\.": "concept_head.", r"^traj_head\.": "attention_head."},
+        ),
+    )
+)
+
+
 def published_method(config: PreTrainedConfig) -> LatentMethod | None:
     """The method whose published code wrote a stock configuration, `None` for a plain stock one."""
     for method in LATENT_METHODS.values():
-        if method.published and all(hasattr(config, key) for key in method.published.token_ids.values()):
+        if method.published and method.published.wrote(config):
             return method
     return None
 
@@ -173,7 +220,12 @@ HEAD_TIMINGS = ("train", "reference")
 ROPE_POSITIONS = ("mrope", "flat")
 _REQUIRED_TOKEN_FIELDS = ("latent_token_id", "latent_start_token_id", "latent_end_token_id")
 # The ids of a model; a processor has a property of each name.
-LATENT_TOKEN_FIELDS = (*_REQUIRED_TOKEN_FIELDS, "latent_patch_token_id", "latent_stop_token_id")
+LATENT_TOKEN_FIELDS = (
+    *_REQUIRED_TOKEN_FIELDS,
+    "latent_patch_token_id",
+    "latent_stop_token_id",
+    "latent_learned_token_ids",
+)
 _KEYS_OF_A_FOLDER = ("model_type", "architectures", "transformers_version", "auto_map")
 _LATENT_FIELDS = (
     *LATENT_TOKEN_FIELDS,
@@ -183,6 +235,8 @@ _LATENT_FIELDS = (
     "latent_stop_vector",
     "latent_head_timing",
     "latent_head_size",
+    "concept_head_size",
+    "attention_head",
     "patch_embed_fp32",
     "rope_positions",
 )
@@ -208,6 +262,11 @@ class LatentConfigMixin(PreTrainedConfig):
             `"reference"`: those that a slot returned, before the LM head reads them, as in the published LVR decoder;
             the first slot of a span is then fed a state that no head has seen.
         latent_head_size: inner width of a gated latent head; default: `intermediate_size` of the decoder.
+        latent_learned_token_ids: ids of the learned tokens, in their order, for methods that put tokens with an
+            embedding of their own where others put slots.
+        concept_head_size: width of a teacher's states: the model has a head for training that predicts them
+            (`concept_head`, see `latent_lavit.py`); `None` for none.
+        attention_head: whether the model has a head for training that predicts a teacher's attention over the image.
         patch_embed_fp32: whether the vision tower's patch embedding is a matrix product in float32 in place of the
             stock 3-D convolution (see `latent_patch_embed.py`).
         rope_positions: of the families with rotary positions in three axes. `"mrope"`: as the stock model; `"flat"`:
@@ -231,13 +290,17 @@ class LatentConfigMixin(PreTrainedConfig):
     latent_stop_vector: bool = False
     latent_head_timing: str = "train"
     latent_head_size: int | None = None
+    latent_learned_token_ids: list[int] | None = None
+    concept_head_size: int | None = None
+    attention_head: bool = False
     patch_embed_fp32: bool = False
     rope_positions: str = "mrope"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.latent_generation = dict(self.latent_generation or {})
-        known = [i for i in (getattr(self, name) for name in LATENT_TOKEN_FIELDS) if i is not None]
+        ids = [getattr(self, name) for name in LATENT_TOKEN_FIELDS if name != "latent_learned_token_ids"]
+        known = [i for i in (*ids, *(self.latent_learned_token_ids or ())) if i is not None]
         if len(set(known)) != len(known):
             raise ValueError(
                 f"latent token ids must differ from each other, got {known}; give each role its own token"
@@ -245,6 +308,10 @@ class LatentConfigMixin(PreTrainedConfig):
         if self.latent_head_timing not in HEAD_TIMINGS:
             raise ValueError(
                 f"latent_head_timing={self.latent_head_timing!r} is unknown; choose one of {list(HEAD_TIMINGS)}"
+            )
+        if self.concept_head_size is not None and self.concept_head_size < 1:
+            raise ValueError(
+                f"concept_head_size={self.concept_head_size} must be the width of the teacher's states, or None"
             )
         if self.rope_positions not in ROPE_POSITIONS:
             raise ValueError(
@@ -316,19 +383,30 @@ class LatentConfigMixin(PreTrainedConfig):
         method = LATENT_METHODS.get(self.latent_method or "")
         return name if method is None else method.aliases.get(name, name)
 
-    def require_latent_tokens(self) -> None:
+    def require_latent_tokens(self, kind: str | None = None) -> None:
         """Raise when the folder that this configuration came from has no latent tokens.
+
+        Args:
+            kind: `"slots"` or `"learned"` tokens; `None`: one of the two.
 
         Raises:
             ValueError: names the missing fields and the call that adds them.
         """
         missing = [name for name in _REQUIRED_TOKEN_FIELDS if getattr(self, name) is None]
-        if missing:
+        lacks = {"slots": bool(missing), "learned": not self.latent_learned_token_ids}
+        if kind is None and not all(lacks.values()) or kind is not None and not lacks[kind]:
+            return
+        name = self._name_or_path or type(self).__name__
+        if kind is not None and not all(lacks.values()):
+            has, wants = ("learned tokens", "slots") if kind == "slots" else ("slots", "learned tokens")
             raise ValueError(
-                f"the model {self._name_or_path or type(self).__name__!r} has no latent tokens ({', '.join(missing)} "
-                "is None in config.json); make a latent model with `convert_stock_checkpoint(folder, method=...)` "
-                "or pass latent_strategy='off'"
+                f"the model {name!r} (method {self.latent_method!r}) has {has} and no {wants}; take a strategy of its "
+                f"method (latent_strategy={(self.latent_generation or {}).get('latent_strategy')!r}), or 'off'"
             )
+        raise ValueError(
+            f"the model {name!r} has no latent tokens ({', '.join(missing)} is None in config.json); make a latent "
+            "model with `convert_stock_checkpoint(folder, method=...)` or pass latent_strategy='off'"
+        )
 
 
 @strict
@@ -416,6 +494,7 @@ __all__ = [
     "LatentQwen3VLConfig",
     "PublishedLayout",
     "get_latent_method",
+    "learned_tokens",
     "published_method",
     "register_latent_method",
 ]

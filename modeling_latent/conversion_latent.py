@@ -43,6 +43,9 @@ LATENT_PROCESSORS: dict[str, type[ProcessorMixin]] = {
     "causal_lm": LatentTextProcessor,
 }
 
+# Parts that a checkpoint may lack when the caller asks for them: they are drawn at random.
+_DRAWN = ("latent_head.", "latent_stop_vector.", "concept_head.", "attention_head.")
+
 
 def latent_family(model_type: str) -> str:
     """Key in `LATENT_CLASSES` of a stock or latent `model_type`: every causal language model of text alone (Llama,
@@ -79,6 +82,7 @@ def convert_stock_checkpoint(
     weights: bool = True,
     latent_fields: dict[str, Any] | None = None,
     init_token: str | None = "method",
+    latent_tokens: dict[str, str] | None = None,
     **model_kwargs: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a stock checkpoint as a latent model with the method's marker tokens.
@@ -98,6 +102,7 @@ def convert_stock_checkpoint(
         init_token: token whose rows of the embedding and of the LM head the added tokens start with. Default: that of
             the method, if the tokenizer has it as one token (Coconut and IVT-LR: `"<<"`); `None`: no token. With a
             `processor` of the caller no row is changed.
+        latent_tokens: role to token string in place of the method's, e.g. `learned_tokens(8)` for LaViT with eight.
         model_kwargs: for `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Returns:
@@ -130,7 +135,7 @@ def convert_stock_checkpoint(
     new_tokens = 0
     if processor is None:
         processor = latent_processor_class(stock_config.model_type).from_pretrained(
-            name_or_path, revision=revision or "main", latent_tokens=entry.tokens
+            name_or_path, revision=revision or "main", latent_tokens=latent_tokens or entry.tokens
         )
         new_tokens = processor.added_latent_tokens
     config = config_class.from_stock(
@@ -142,7 +147,7 @@ def convert_stock_checkpoint(
     if published is not None:
         _check_token_ids(stock_config, config, published.published, str(name_or_path))
     if weights and published is not None:
-        drawn = ("latent_head.", "latent_stop_vector.") if latent_fields else ()
+        drawn = _DRAWN if latent_fields else ()
         model = load_published(model_class, config, published.published, name_or_path, revision, drawn, **model_kwargs)
     elif weights:
         model = model_class.from_pretrained(name_or_path, config=config, revision=revision or "main", **model_kwargs)

@@ -8,9 +8,9 @@ in tensors keyed by position, so mixed batches, beams, caches, streamers and ass
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -25,9 +25,18 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 from transformers.utils import logging
 
+from .latent_learned import edit_latents  # noqa: F401  (registers the strategy)
+from .latent_masks import visible_attention
 from .latent_staged import lay_out  # noqa: F401  (registers the strategy)
 from .latent_state import LatentState
-from .latent_strategies import LATENT_OPTIONS, LatentOptions, get_latent_strategy, resolve_latent_options
+from .latent_strategies import (
+    LATENT_OPTIONS,
+    LATENT_STRATEGIES,
+    LatentOptions,
+    get_latent_strategy,
+    resolve_latent_options,
+    take_latent_options,
+)
 from .latent_trace import LatentTrace
 
 logger = logging.get_logger(__name__)
@@ -40,7 +49,10 @@ class _LatentCall:
     options: LatentOptions | None = None
     state: LatentState | None = None
     prompt_latents: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    prompt_ids: torch.LongTensor | None = None
+    hidden_slots: torch.BoolTensor | None = None  # positions of the prompt that count as padding
     keep_trace: bool = False
+    contexts: ExitStack = field(default_factory=ExitStack)  # open during the call
 
 
 _CALL: ContextVar[_LatentCall | None] = ContextVar("latent_call", default=None)
@@ -53,9 +65,11 @@ def _state() -> LatentState | None:
 
 @contextmanager
 def _latent_call() -> Iterator[_LatentCall]:
-    token = _CALL.set(_LatentCall())
+    call = _LatentCall()
+    token = _CALL.set(call)
     try:
-        yield _CALL.get()
+        with call.contexts:
+            yield call
     finally:
         _CALL.reset(token)
 
@@ -242,19 +256,25 @@ class LatentGenerationMixin(GenerationMixin):
                 if value.shape[0] != batch:
                     raise ValueError(f"{name} has {value.shape[0]} rows, the trace {batch}; repeat the inputs per row")
                 inputs[name] = torch.nn.functional.pad(value, (0, length - value.shape[1]), value=fill)
-        return self(
-            input_ids=trace.sequences,
-            position_ids=trace.position_ids,
-            latent_embeds=trace.latent_embeds,
-            latent_mask=trace.latent_mask,
-            use_cache=False,
-            **inputs,
-        )
+        strategy, rules = LATENT_STRATEGIES.get(trace.info.get("strategy")), []
+        if strategy is not None and strategy.visibility is not None:
+            rules = strategy.visibility(trace.info["options"], trace.latent_mask)
+        with visible_attention(self, rules):
+            return self(
+                input_ids=trace.sequences,
+                position_ids=trace.position_ids,
+                latent_embeds=trace.latent_embeds,
+                latent_mask=trace.latent_mask,
+                use_cache=False,
+                **inputs,
+            )
 
     # --- hooks of the stock loops, in the order in which `generate` calls them ---
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any) -> tuple:
-        given = {name: kwargs.pop(name) for name in LATENT_OPTIONS if name in kwargs}
+        given, notes = take_latent_options(kwargs)
+        for note in notes:
+            logger.info(note)
         name = kwargs.pop("latent_strategy", None)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         saved, method = vars(generation_config), self.config.latent_generation or {}
@@ -263,7 +283,7 @@ class LatentGenerationMixin(GenerationMixin):
         if name != options.strategy.name:
             logger.info(f"latent_strategy={name!r} is called {options.strategy.name!r} here")
         if options.strategy.uses_latents:
-            self.config.require_latent_tokens()
+            self.config.require_latent_tokens(options.strategy.tokens)
             self._refuse_latent_combinations(options, generation_config)
         if options.strategy.layout is not None:
             model_kwargs = options.strategy.layout(self, model_kwargs, options)
@@ -271,8 +291,15 @@ class LatentGenerationMixin(GenerationMixin):
         if call is not None:
             call.options = options
             call.keep_trace = bool(generation_config.return_dict_in_generate)
+            call.prompt_ids = model_kwargs.get("input_ids")
             if model_kwargs.get("latent_embeds") is not None:
                 call.prompt_latents = self._take_prompt_latents(model_kwargs)
+            if options.strategy.visibility is not None:
+                latent_mask = None if call.prompt_latents is None else call.prompt_latents[1]
+                rules = options.strategy.visibility(vars(options.values), latent_mask)
+                call.contexts.enter_context(visible_attention(self, rules))
+                if latent_mask is not None and options.values.mask_latents == "padding":
+                    call.hidden_slots = latent_mask
         return generation_config, model_kwargs
 
     def _take_prompt_latents(self, model_kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -283,7 +310,7 @@ class LatentGenerationMixin(GenerationMixin):
             model_kwargs.get("input_ids"),
         )
         if mask is None:
-            self.config.require_latent_tokens()
+            self.config.require_latent_tokens("slots")
         for name, value in (("latent_embeds", embeds), ("latent_mask", mask)):
             if value is not None and ids is not None and value.shape[:2] != ids.shape:
                 raise ValueError(
@@ -327,7 +354,8 @@ class LatentGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict, mode: Any, batch_size: int, max_length: int
     ) -> Any:
         call = _CALL.get()
-        known = self.config.latent_token_id is not None or (call is not None and call.prompt_latents is not None)
+        has_tokens = self.config.latent_token_id is not None or self.config.latent_learned_token_ids
+        known = has_tokens or (call is not None and call.prompt_latents is not None)
         if call is not None and call.options is not None and known:
             if mode == GenerationMode.ASSISTED_GENERATION:
                 self._refuse_special_options(call.options, "assistant_model and prompt_lookup_num_tokens")
@@ -348,7 +376,15 @@ class LatentGenerationMixin(GenerationMixin):
                 prompt_latents=call.prompt_latents,
                 attention_mask=model_kwargs.get("attention_mask"),
             )
+            if call.options.strategy.begin is not None:
+                call.options.strategy.begin(self, call.state, call.prompt_ids)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
+        positions, call = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs), _CALL.get()
+        if call is None or call.hidden_slots is None:
+            return positions
+        return positions.masked_fill(call.hidden_slots.to(positions.device), 1)  # as the published code's masked slots
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         state = _state()
@@ -404,6 +440,8 @@ class LatentGenerationMixin(GenerationMixin):
             model_inputs["attention_mask"] = kwargs.get("attention_mask")
         state = _state()
         if state is not None:
+            if first and state.kept_of_prompt:
+                model_inputs["logits_to_keep"] = state.kept_of_prompt
             embeds = model_inputs.get("inputs_embeds")
             new = (model_inputs["input_ids"] if embeds is None else embeds).shape[1]
             model_inputs.update(state.next_inputs(input_ids, new, first))
@@ -413,7 +451,9 @@ class LatentGenerationMixin(GenerationMixin):
         self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
-        state = _state()
+        call, state = _CALL.get(), _state()
+        if call is not None and call.hidden_slots is not None and model_kwargs.get("position_ids") is not None:
+            model_kwargs["position_ids"] = positions_behind(model_kwargs["position_ids"], call.hidden_slots)
         if state is not None:
             state.observe(outputs)
             state.position_ids = model_kwargs.get("position_ids")
@@ -437,6 +477,24 @@ class LatentGenerationMixin(GenerationMixin):
         if state is not None:
             state.reorder(beam_idx)
         return past_key_values
+
+
+def positions_behind(position_ids: torch.LongTensor, hidden: torch.BoolTensor) -> torch.LongTensor:
+    """Positions in which those behind a prompt follow its largest one; the stock loop goes on from the last slot of
+    the prompt, which has a placeholder where it counts as padding.
+
+    Args:
+        position_ids: `(rows, length)` or `(channels, rows, length)`, of the prompt and of what was decoded so far.
+        hidden: `(prompts, prompt length)` the slots that count as padding.
+    """
+    prompt = hidden.shape[1]
+    hidden = hidden.repeat_interleave(position_ids.shape[-2] // hidden.shape[0], dim=0).to(position_ids.device)
+    largest = position_ids[..., :prompt].masked_fill(hidden, -1).amax(dim=-1, keepdim=True)
+    if position_ids.dim() == 3:  # rotary channels share the position of text; a fourth one counts the tokens
+        rotary = largest[-3:].amax(dim=0, keepdim=True).expand_as(largest[-3:])
+        largest = torch.cat([largest[:-3], rotary])
+    new = torch.arange(1, position_ids.shape[-1] - prompt + 1, device=position_ids.device)
+    return torch.cat([position_ids[..., :prompt], largest + new], dim=-1)
 
 
 def saved_generation_config(config: GenerationConfig, **latent_options: Any) -> GenerationConfig:

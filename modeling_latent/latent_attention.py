@@ -169,7 +169,7 @@ def _observed_implementation(base: str) -> str:
         for modules, observe in _OPEN:
             if module in modules:
                 observe(module, query, key, mask, kwargs.get("scaling"))
-        function = kernel or _eager_of(module)
+        function = kernel or eager_attention_of(module)
         return function(module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register(name, observed)
@@ -194,6 +194,6 @@ def _row_index(rows: torch.LongTensor | None, query: torch.Tensor) -> torch.Long
     return rows.to(query.device) % queries
 
 
-def _eager_of(module: nn.Module) -> Any:
+def eager_attention_of(module: nn.Module) -> Any:
     """The eager attention function of the module's own file."""
     return sys.modules[type(module).__module__].eager_attention_forward

@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from .generation_latent import LatentGenerationMixin
 from .latent_heads import build_latent_head
 from .latent_inputs import LatentCausalLMOutputWithPast, LatentHeadMixin
+from .latent_lavit import AttentionHead, ConceptHead
 from .latent_lvr import LatentStopVector
 
 
@@ -22,12 +23,15 @@ class LatentHeadClassMixin(LatentGenerationMixin, LatentHeadMixin):
     """For a head class, before the stock one."""
 
     def build_heads(self, config: Any) -> None:
-        """The LM head of the stock class, and the latent head and the vector that ends a span, if the configuration
-        names them; initialises weights."""
+        """The LM head of the stock class, and the latent head, the vector that ends a span and the heads for training,
+        if the configuration names them; initialises weights."""
         text = config.get_text_config()
         self.lm_head = self.build_lm_head(text.hidden_size, text.vocab_size)
         self.latent_head = build_latent_head(config)
         self.latent_stop_vector = LatentStopVector(text.hidden_size) if config.latent_stop_vector else None
+        size = config.concept_head_size
+        self.concept_head = None if size is None else ConceptHead(text.hidden_size, size)
+        self.attention_head = AttentionHead(text.hidden_size) if config.attention_head else None
         self.head_at_slots = self.latent_head is not None and config.latent_head_timing == "reference"
         self.post_init()
 

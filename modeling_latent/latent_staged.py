@@ -69,7 +69,7 @@ def lay_out(model: nn.Module, model_kwargs: dict, options: LatentOptions) -> dic
             f"num_latent_steps={values.num_latent_steps!r}: the prompt holds slots (token id "
             f"{config.latent_token_id}) already; leave num_latent_steps out, or the slots"
         )
-    mask = _mask_of(model, ids, model_kwargs.get("attention_mask"))
+    mask = mask_of_prompts(model, ids, model_kwargs.get("attention_mask"))
     steps = [0] * len(ids) if laid_out else _steps_of(options, len(ids), config)
     rows = []
     for row, (tokens, kept) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
@@ -87,7 +87,7 @@ def lay_out(model: nn.Module, model_kwargs: dict, options: LatentOptions) -> dic
             )
         rows.append(_laid_out(tokens, steps[row], images, config, values, laid_out))
     pad = model.generation_config.pad_token_id
-    return {**model_kwargs, **_padded(rows, ids, mask, model_kwargs, 0 if pad is None else pad)}
+    return {**model_kwargs, **pad_rows(rows, ids, mask, model_kwargs, 0 if pad is None else pad)}
 
 
 def _steps_of(options: LatentOptions, num_rows: int, config: Any) -> list[int]:
@@ -114,7 +114,7 @@ def _steps_of(options: LatentOptions, num_rows: int, config: Any) -> list[int]:
     return steps
 
 
-def _mask_of(model: nn.Module, ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.Tensor:
+def mask_of_prompts(model: nn.Module, ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The mask of the prompts; where none is given, padding is what the stock `generate` takes for it."""
     if mask is not None:
         return mask
@@ -182,7 +182,7 @@ def _split(blocks: list[int], slot: int, values: SimpleNamespace) -> list[list[i
     return [part for part in parts if part]
 
 
-def _padded(rows: list[list[int]], ids: torch.LongTensor, mask: torch.Tensor, model_kwargs: dict, pad: int) -> dict:
+def pad_rows(rows: list[list[int]], ids: torch.LongTensor, mask: torch.Tensor, model_kwargs: dict, pad: int) -> dict:
     """The rows padded on the left to one length, with what pads the prompts already, else with `pad`."""
     length = max(map(len, rows))
     filler = ids[mask == 0]
@@ -345,4 +345,4 @@ register_latent_strategy(
     )
 )
 
-__all__ = ["lay_out", "prefill"]
+__all__ = ["lay_out", "mask_of_prompts", "pad_rows", "prefill"]

@@ -19,6 +19,8 @@ from .latent_inputs import latent_positions
 from .latent_strategies import LATENT_OPTIONS, STOP_RULES, LatentOptions, LatentStep
 from .latent_trace import LatentTrace, find_spans
 
+_NO_TOKEN = -1  # in place of an id that the model has not
+
 
 @dataclass(slots=True)
 class _Rows:
@@ -112,9 +114,8 @@ class LatentState:
         self.prompt_record: dict[str, torch.Tensor] = {}  # of a plan, by prompt and position
         self.strategy, self.readable_ids = options.strategy, options.values.latent_ids == "readable"
         # Read once: an attribute of a configuration costs as much as an operation on a tensor.
-        self.start_id, self.slot_id, self.end_id = (
-            getattr(config, f"latent_{role}token_id") for role in ("start_", "", "end_")
-        )
+        ids = [getattr(config, f"latent_{role}token_id") for role in ("start_", "", "end_")]
+        self.start_id, self.slot_id, self.end_id = (_NO_TOKEN if token is None else token for token in ids)
         self.patch_id, self.hidden_size = config.latent_patch_token_id, config.get_text_config().hidden_size
         self.writes_end = self.strategy.writes_end or options.values.force_end
         self.prompt_length = 0
@@ -133,6 +134,14 @@ class LatentState:
         # (length, latent states) of the last forward and of the one before it, for strategies that read them
         self._last_states: tuple[int, torch.Tensor] | None = None
         self._earlier_states: tuple[int, torch.Tensor] | None = None
+
+    @property
+    def kept_of_prompt(self) -> int:
+        """From how many last positions of the prompt the prefill keeps states and logits: those that choose and those
+        that follow the learned tokens, for the trace; 0: as the stock loop wants it."""
+        if not self.keep_trace or self.strategy.tokens != "learned" or self.prompt_latents is None:
+            return 0
+        return min(int(self.prompt_latents[1].sum(dim=1).amax()) + 1, self.prompt_latents[1].shape[1])
 
     # --- views by position ---
 
@@ -253,6 +262,8 @@ class LatentState:
     def observe(self, outputs: Any) -> None:
         """Keep what a forward returned; record outputs at slots for the trace."""
         self._states, self._hidden, self._logits = outputs.latent_states, outputs.last_hidden_state, outputs.logits
+        if self.kept_of_prompt and not self.prompt_record and self.length == self.prompt_length:
+            self._record_prompt()
         if self.strategy.reads_before:  # copies: a compiled forward may write the next states into the same memory
             self._earlier_states, self._last_states = self._last_states, (self.length, self._states.clone())
         if self.keep_trace and self.records:
@@ -260,6 +271,21 @@ class LatentState:
             for position in range(max(self.length - kept, self.prompt_length), self.length):
                 if position in self.records:
                     self.outputs[position] = self._hidden[:, position - self.length]
+
+    def _record_prompt(self) -> None:
+        """What the learned tokens of the prompts returned and would have said, where the prefill kept it."""
+        mask, kept, topk = self.prompt_latents[1], self._hidden.shape[1], self.options.values.latent_topk
+        rows, first = slice(None, None, self._hidden.shape[0] // len(mask)), mask.shape[1] - kept
+        hidden, logits = self._hidden[rows], self._logits[rows].float()
+        outputs = torch.zeros(*mask.shape, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+        outputs[:, first:] = hidden
+        said = torch.zeros_like(mask, dtype=torch.long)
+        said[:, first + 1 :] = logits[:, :-1].argmax(-1)
+        ids, probs = said.new_full((*mask.shape, topk), -1), logits.new_zeros(*mask.shape, topk)
+        if topk:
+            best = logits[:, :-1].softmax(-1).topk(min(topk, logits.shape[-1]), dim=-1)
+            ids[:, first + 1 :], probs[:, first + 1 :] = best.indices, best.values
+        self.prompt_record = {"outputs": outputs, "said": said, "ids": ids, "probs": probs}
 
     def advance(self, input_ids: torch.LongTensor, stopped: torch.BoolTensor) -> None:
         """After a step: rows `(R,)` that a stopping rule ended open no span any more; which rows go on inside one?
@@ -460,7 +486,7 @@ class LatentState:
         if self._banned is None:
             banned = [self.slot_id, self.patch_id, None if self.strategy.opens_span else self.start_id]
             self._banned = torch.tensor(
-                [token for token in banned if token is not None], dtype=torch.long, device=scores.device
+                [token for token in banned if token not in (None, _NO_TOKEN)], dtype=torch.long, device=scores.device
             )
         return scores.index_fill(1, self._banned, -float("inf"))
 
@@ -591,10 +617,8 @@ class LatentState:
             positions = positions[..., rows.to(positions.device), : sequences.shape[1]]
         values = {name: value for name, value in vars(self.options.values).items() if LATENT_OPTIONS[name].saved}
         token_ids = {
-            "latent_token_id": self.slot_id,
-            "latent_start_token_id": self.start_id,
-            "latent_end_token_id": self.end_id,
-            "latent_patch_token_id": self.patch_id,
+            f"latent_{role}token_id": getattr(self.config, f"latent_{role}token_id")
+            for role in ("", "start_", "end_", "patch_")
         }
         mask = self.attention_mask
         if mask is not None:

@@ -108,6 +108,7 @@ class LatentOption:
         help: one line for the documentation.
         per_row: an int or a list with one entry per prompt (or one for all) becomes a tensor `(R,)`.
         saved: written to `generation_config.json`.
+        aliases: names in published code, accepted with a note.
     """
 
     name: str
@@ -116,6 +117,7 @@ class LatentOption:
     help: str
     per_row: bool = False
     saved: bool = True
+    aliases: tuple[str, ...] = ()
 
 
 LATENT_OPTIONS: dict[str, LatentOption] = {}
@@ -131,6 +133,25 @@ def register_latent_option(option: LatentOption) -> LatentOption:
         raise ValueError(f"latent option {option.name!r} is already registered; choose another name")
     LATENT_OPTIONS[option.name] = option
     return option
+
+
+def take_latent_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Options of a call by our names, and notes on those that were given by an alias; they are taken out of `kwargs`.
+
+    Raises:
+        ValueError: the same option by two names.
+    """
+    given: dict[str, Any] = {}
+    notes = []
+    for option in LATENT_OPTIONS.values():
+        names = [name for name in (option.name, *option.aliases) if name in kwargs]
+        if len(names) > 1:
+            raise ValueError(f"{names[0]} and {names[1]} are one option; give one of them")
+        for name in names:
+            given[option.name] = kwargs.pop(name)
+            if name != option.name:
+                notes.append(f"{name} is called {option.name!r} here")
+    return given, notes
 
 
 def one_of(*allowed: Any) -> Callable[[str, Any], Any]:
@@ -237,6 +258,11 @@ class LatentStrategy:
             strategy cannot work with and takes from it what the stop rules need; for methods whose slots stand in the
             prompt it may extend `input_ids`, `attention_mask` and `mm_token_type_ids` by slots and set
             `latent_embeds` (a search over latents runs here too).
+        visibility: `(options by name, latent_mask or None) -> rules` (see `latent_masks.py`) that hold during the call
+            and when its trace is replayed.
+        begin: `(model, state, input_ids)` once the state of a call exists, before anything is fed: edits
+            `state.prompt_latents`.
+        tokens: latent tokens that a model must have: `"slots"` with their markers, or `"learned"` ones.
         prefill: for slots that depend on each other: `(model, stock_prefill, input_ids, generation_config,
             model_kwargs, state, **stock_options) -> outputs` runs the prompt in segments over one cache;
             `stock_prefill(input_ids, generation_config, model_kwargs, **stock_options)` is the stock function.
@@ -252,13 +278,16 @@ class LatentStrategy:
     writes_end: bool = True
     opens_span: bool = True
     reads_before: bool = False
+    tokens: str = "slots"
     layout: Callable[..., dict[str, Any]] | None = None
+    visibility: Callable[..., Any] | None = None
+    begin: Callable[..., None] | None = None
     prefill: Callable[..., Any] | None = None
 
     @property
     def uses_latents(self) -> bool:
         """Whether there are slots: in spans that open, or laid out in the prompt."""
-        return self.opens_span or self.prefill is not None
+        return self.opens_span or self.layout is not None
 
     def accepts(self, option: str) -> bool:
         """Whether an option has a meaning for this strategy."""
@@ -407,4 +436,5 @@ __all__ = [
     "register_latent_strategy",
     "register_stop_rule",
     "resolve_latent_options",
+    "take_latent_options",
 ]

@@ -20,6 +20,7 @@ DEFAULT_LATENT_TOKENS: dict[str, str] = {
 }
 REQUIRED_ROLES = ("start", "slot", "end")
 OPTIONAL_ROLES = ("patch", "latent_end")
+LEARNED_ROLE = "learned_"  # learned_1, learned_2, ... in the order in which they stand
 
 _IMAGE_SOURCES = frozenset({"image", "image_url", "url", "path", "base64"})
 
@@ -38,7 +39,8 @@ class LatentTokensMixin(LatentDecodingMixin):
     Attributes:
         latent_tokens: role to token string, in the order of the ids. The roles are `"start"` and `"end"` (they open
             and close a span), `"slot"` (a position fed by a vector) and, where a method inserts image embeddings into
-            the span, `"patch"`; where it writes a token between the last slot and the end, `"latent_end"`.
+            the span, `"patch"`; where it writes a token between the last slot and the end, `"latent_end"`. Tokens with
+            an embedding of their own in place of slots have the roles `"learned_1"`, `"learned_2"`, ...
         added_latent_tokens: how many of them the tokenizer did not have; they are its last ones.
     """
 
@@ -133,10 +135,16 @@ class LatentTokensMixin(LatentDecodingMixin):
         """Id of the token between the last slot and the end; `None` for methods without."""
         return self._latent_id("latent_end")
 
+    @property
+    def latent_learned_token_ids(self) -> list[int] | None:
+        """Ids of the learned tokens in the order in which they stand; `None` for methods without."""
+        return [self._latent_id(role) for role in learned_roles(self.latent_tokens)] or None
+
     # Refusals
 
     def refuse_latent_tokens(self, text: Sequence[str], allow_latent_tokens: bool = False) -> None:
-        """Refuse texts with a latent token that stands for a vector (contract C1: user text cannot be a slot).
+        """Refuse texts with a latent token that stands for a vector (contract C1: user text cannot be a slot). Markers
+        and learned tokens have embeddings of their own, and are text.
 
         Args:
             text: one text a row.
@@ -147,7 +155,7 @@ class LatentTokensMixin(LatentDecodingMixin):
         """
         for row, sample in enumerate(text):
             for role, token in self.latent_tokens.items():
-                if role not in ("start", "end") and token in sample and not allow_latent_tokens:
+                if _is_fed(role) and token in sample and not allow_latent_tokens:
                     raise ValueError(
                         f"text {row} contains the latent token {token!r}, which stands for a vector and not for text; "
                         "remove it, or pass allow_latent_tokens=True where a collator lays out latent positions"
@@ -165,8 +173,8 @@ class LatentTokensMixin(LatentDecodingMixin):
     ) -> Any:
         """Render a conversation, or several, and tokenize with `tokenize=True`; as in `ProcessorMixin`.
 
-        Only an assistant turn may contain the start and the end token, and the slot and the patch token as well with
-        `allow_latent_tokens=True` (contract C1: user text cannot open a span).
+        Only an assistant turn may contain the start and the end token and learned tokens, and the slot and the patch
+        token as well with `allow_latent_tokens=True` (contract C1: user text cannot open a span).
 
         Args:
             conversation: list of messages `{"role", "content"}`, or a list of such lists.
@@ -199,7 +207,7 @@ class LatentTokensMixin(LatentDecodingMixin):
     def _refuse_in_messages(self, conversation: Sequence[Any], slots_allowed: bool) -> None:
         batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
         rows = [getattr(row, "messages", row) for row in conversation] if batched else [conversation]
-        fed = [token for role, token in self.latent_tokens.items() if role not in ("start", "end")]
+        fed = [token for role, token in self.latent_tokens.items() if _is_fed(role)]
         for row_index, messages in enumerate(rows):
             for index, message in enumerate(messages):
                 role = message.get("role") if isinstance(message, Mapping) else None
@@ -214,6 +222,17 @@ class LatentTokensMixin(LatentDecodingMixin):
                 if token is not None:
                     where = f"message {index}" + (f" of conversation {row_index}" if batched else "")
                     raise ValueError(f"{where} (role {role!r}) contains the latent token {token!r}; {remedy}")
+
+
+def learned_roles(latent_tokens: Mapping[str, str]) -> list[str]:
+    """The roles of learned tokens, by their numbers."""
+    numbered = [role for role in latent_tokens if role.startswith(LEARNED_ROLE)]
+    return sorted(numbered, key=lambda role: (len(role), role))
+
+
+def _is_fed(role: str) -> bool:
+    """Whether a token of this role stands for a vector; the others have an embedding of their own."""
+    return role not in ("start", "end") and not role.startswith(LEARNED_ROLE)
 
 
 def check_transformers(processor_class: str, hooks: Sequence[str]) -> None:
@@ -241,12 +260,15 @@ def _checked_latent_tokens(latent_tokens: Mapping[str, str] | None) -> dict[str,
         ValueError: for a missing or unknown role, an empty token, or one token for two roles.
     """
     tokens = dict(DEFAULT_LATENT_TOKENS if latent_tokens is None else latent_tokens)
-    missing = [role for role in REQUIRED_ROLES if role not in tokens]
-    unknown = [role for role in tokens if role not in REQUIRED_ROLES + OPTIONAL_ROLES]
+    learned = learned_roles(tokens)
+    missing = [role for role in REQUIRED_ROLES if role not in tokens and not learned]
+    missing += [name for name in (f"{LEARNED_ROLE}{i}" for i in range(1, len(learned) + 1)) if name not in tokens]
+    unknown = [role for role in tokens if role not in (*REQUIRED_ROLES, *OPTIONAL_ROLES, *learned)]
     if missing or unknown:
         raise ValueError(
             f"latent_tokens {tokens} lacks the roles {missing} and has the unknown roles {unknown}; give a token "
-            f"string for each of {list(REQUIRED_ROLES)}, and for {list(OPTIONAL_ROLES)} where the method needs it"
+            f"string for each of {list(REQUIRED_ROLES)}, and for {list(OPTIONAL_ROLES)} where the method needs it, or "
+            f"learned tokens from {LEARNED_ROLE}1 on"
         )
     for role, token in tokens.items():
         if not isinstance(token, str) or not token.strip():
@@ -270,4 +292,10 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-__all__ = ["DEFAULT_LATENT_TOKENS", "LatentProcessorKwargs", "LatentTokensMixin", "check_transformers"]
+__all__ = [
+    "DEFAULT_LATENT_TOKENS",
+    "LatentProcessorKwargs",
+    "LatentTokensMixin",
+    "check_transformers",
+    "learned_roles",
+]

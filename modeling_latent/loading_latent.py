@@ -29,6 +29,13 @@ from .conversion_latent import (
 )
 
 ADAPTER_MODES = ("attach", "merge", "skip")
+# Latent field that gives a model a module, and the module.
+_MODULE_OF_FIELD = {
+    "latent_head": "latent_head",
+    "latent_stop_vector": "latent_stop_vector",
+    "concept_head_size": "concept_head",
+    "attention_head": "attention_head",
+}
 
 
 def load_latent_model(
@@ -40,6 +47,7 @@ def load_latent_model(
     revision: str | None = None,
     weights: bool = True,
     trust_remote_code: bool = False,
+    latent_tokens: dict[str, str] | None = None,
     **model_kwargs: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a model that reasons in latents, with its processor.
@@ -54,6 +62,8 @@ def load_latent_model(
         revision: branch, tag or commit of `name_or_path`. The base of an adapter has its own, in the adapter.
         weights: `False` builds the model on the meta device: no weight is read or downloaded, no adapter put on.
         trust_remote_code: as in `from_pretrained`; the classes of this library do not need it.
+        latent_tokens: role to token string in place of the method's, for a stock checkpoint; another one must have
+            these.
         model_kwargs: for `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...), and `latent_fields`
             for a stock checkpoint (see [`convert_stock_checkpoint`]).
 
@@ -72,8 +82,9 @@ def load_latent_model(
     if settings is None:
         if base_model is not None:
             raise ValueError(f"base_model={str(base_model)!r}: {name} is no adapter; leave base_model out")
-        return _load_whole(name, method, None, revision, **options)
+        return _load_whole(name, method, None, revision, latent_tokens=latent_tokens, **options)
     model, processor = _load_base(name, revision, settings, method, base_model, **options)
+    _check_latent_tokens(name, processor, latent_tokens)
     if weights and adapter != "skip":
         attach_adapter(model, name, revision)
     if weights and adapter == "merge":
@@ -95,6 +106,7 @@ def _load_whole(
     *,
     weights: bool,
     trust_remote_code: bool,
+    latent_tokens: dict[str, str] | None = None,
     **model_kwargs: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A latent checkpoint as it is, a stock one with latent tokens added."""
@@ -110,7 +122,13 @@ def _load_whole(
                 "be made for, e.g. method='laser', or a latent model"
             )
         return convert_stock_checkpoint(
-            name, method=method, processor=processor, revision=revision, weights=weights, **model_kwargs
+            name,
+            method=method,
+            processor=processor,
+            revision=revision,
+            weights=weights,
+            latent_tokens=latent_tokens,
+            **model_kwargs,
         )
     if model_kwargs.pop("latent_fields", None):
         raise ValueError(
@@ -118,10 +136,20 @@ def _load_whole(
         )
     if processor is None:
         processor = latent_processor_class(config.model_type).from_pretrained(name, revision=revision or "main")
+    _check_latent_tokens(name, processor, latent_tokens)
     if weights:
         return AutoModelForImageTextToText.from_pretrained(name, **code, **model_kwargs), processor
     model_class = latent_classes(config.model_type.removeprefix("latent_"), name)[1]
     return build_without_weights(model_class, config, name, **model_kwargs), processor
+
+
+def _check_latent_tokens(name: str, processor: ProcessorMixin, wanted: dict[str, str] | None) -> None:
+    """Refuse a model that was made with other latent tokens than those asked for."""
+    if wanted is not None and processor.latent_tokens != wanted:
+        raise ValueError(
+            f"{name} has the latent tokens {processor.latent_tokens}, not {wanted}; leave latent_tokens out, or make "
+            "a latent model of the stock checkpoint anew"
+        )
 
 
 def _load_base(
@@ -173,8 +201,8 @@ def _fields_of_base(
     config = AutoConfig.from_pretrained(base, revision=revision or "main")
     if config.model_type.startswith("latent_") or published_method(config) is not None:
         return None
-    parts = [field for field in ("latent_head", "latent_stop_vector") if getattr(saved, field, None)]
-    lost = sorted(set(parts) - set(settings.get("modules_to_save") or []))
+    parts = [field for field in _MODULE_OF_FIELD if getattr(saved, field, None)]
+    lost = sorted({_MODULE_OF_FIELD[field] for field in parts} - set(settings.get("modules_to_save") or []))
     if lost:
         raise ValueError(
             f"{name} was trained with {lost}, which neither it nor its base {base} holds; train the adapter with "

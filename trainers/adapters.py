@@ -28,7 +28,7 @@ LANGUAGE_MODEL_PROJECTIONS = (
 )
 # What a quantised base keeps in full precision: the image encoder is small and sees every pixel, the fused losses
 # multiply with the weight of the LM head, a latent head makes the vectors that are fed back.
-KEPT_UNQUANTISED = ["model.visual", "model.vqmodel", "lm_head", "latent_head"]
+KEPT_UNQUANTISED = ["model.visual", "model.vqmodel", "lm_head", "latent_head", "concept_head", "attention_head"]
 _ADAPTER_OPTIONS = ("lora_", "use_rslora", "use_dora")
 
 

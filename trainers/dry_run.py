@@ -31,7 +31,7 @@ from .sft_trainer import LatentSFTTrainer
 _PARTS = {
     "adapter": ("lora_", "trainable_tokens", "modules_to_save"),
     "vision tower": ("visual.", "vqmodel."),
-    "latent head": ("latent_head.",),
+    "latent head": ("latent_head.", "concept_head.", "attention_head."),
     "embedding": ("embed_tokens.", "wte.", "wpe."),
     "LM head": ("lm_head.",),
     "language model": ("",),

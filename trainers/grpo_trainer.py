@@ -245,7 +245,7 @@ def rollout_options(model: PreTrainedModel, args: LatentGRPOConfig) -> dict[str,
             "latent_ids='readable' is saved with the model; set latent_generation_kwargs: {latent_ids: placeholder}"
         )
     if options.strategy.opens_span:
-        config.require_latent_tokens()
+        config.require_latent_tokens("slots")
         given.setdefault("latent_topk", 0)  # nobody reads them
     return {"latent_strategy": name, **given}
 

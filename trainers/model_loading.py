@@ -27,10 +27,12 @@ LATENT_OPTIONS = (
     "latent_head_size",
     "latent_head_timing",
     "latent_stop_vector",
+    "concept_head_size",
+    "attention_head",
     "patch_embed_fp32",
     "rope_positions",
 )
-_LATENT_PARTS = ("latent_head", "latent_stop_vector")
+_LATENT_PARTS = ("latent_head", "latent_stop_vector", "concept_head", "attention_head")
 
 
 @dataclass
@@ -48,7 +50,7 @@ class LatentModelConfig(ModelConfig):
         default=False,
         metadata={
             "help": "Keep the language model as it is, embeddings and LM head included. A latent head and an end "
-            "vector are always trained."
+            "vector are always trained, as are the heads of LaViT."
         },
     )
     latent_head: str | None = field(
@@ -64,6 +66,14 @@ class LatentModelConfig(ModelConfig):
     )
     latent_stop_vector: bool | None = field(
         default=None, metadata={"help": "Give a stock checkpoint a learned end vector; default: as the checkpoint."}
+    )
+    concept_head_size: int | None = field(
+        default=None,
+        metadata={"help": "Width of the teacher of a stock checkpoint made latent (LaViT); default: as the checkpoint."},
+    )
+    attention_head: bool | None = field(
+        default=None,
+        metadata={"help": "Give a stock checkpoint the head that predicts a teacher's attention (LaViT)."},
     )
     patch_embed_fp32: bool | None = field(
         default=None,
@@ -105,7 +115,12 @@ class LatentModelConfig(ModelConfig):
 
 
 def load_for_training(
-    args: LatentModelConfig, method: str, *, weights: bool = True, trust_remote_code: bool = False
+    args: LatentModelConfig,
+    method: str,
+    *,
+    weights: bool = True,
+    trust_remote_code: bool = False,
+    latent_tokens: dict[str, str] | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, LatentProcessor, PeftConfig | None]:
     """Model, processor and adapter configuration for a trainer.
 
@@ -117,6 +132,7 @@ def load_for_training(
         method: of a stock checkpoint.
         weights: `False` builds everything on the meta device (dry run); a quantised base then has its full shapes.
         trust_remote_code: as in `from_pretrained`.
+        latent_tokens: of a stock checkpoint, in place of the method's.
 
     Raises:
         ValueError: options that contradict each other or cannot work here; names option, value and remedy.
@@ -147,6 +163,7 @@ def load_for_training(
         revision=args.model_revision,
         weights=weights,
         trust_remote_code=trust_remote_code,
+        latent_tokens=latent_tokens,
         **kwargs,
     )
     set_pixels(processor, args.min_pixels, args.max_pixels)
@@ -198,7 +215,8 @@ def fields_to_add(config: PreTrainedConfig, given: dict[str, Any], method: str, 
 
 
 def freeze_parts(model: PreTrainedModel, *, vision_tower: bool, merger: bool, llm: bool) -> None:
-    """Take the gradient from parts of a model. A latent head and an end vector keep theirs, as in the published code.
+    """Take the gradient from parts of a model. A latent head and an end vector keep theirs, as in the published code;
+    so does the embedding of a model with learned tokens, which are rows of it (LaViT).
 
     Args:
         vision_tower: without its merger.
@@ -206,8 +224,11 @@ def freeze_parts(model: PreTrainedModel, *, vision_tower: bool, merger: bool, ll
         llm: the language model with embeddings and LM head.
     """
     frozen = {"vision": vision_tower, "merger": merger, "main": llm, "latent head": False}
+    learned = getattr(model.config, "latent_learned_token_ids", None)
+    embedding = model.get_input_embeddings().weight if learned else None
     for name, parameter in model.named_parameters():
-        if frozen[part_of(name)] and not name.startswith("latent_stop_vector."):
+        kept = name.startswith("latent_stop_vector.") or parameter is embedding
+        if frozen[part_of(name)] and not kept:
             parameter.requires_grad_(False)
 
 

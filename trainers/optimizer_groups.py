@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 def part_of(name: str) -> str:
     """`"vision"`, `"merger"`, `"latent head"` or `"main"`: the part of the model that a parameter belongs to, by its
-    dotted name. The VQ encoder of Chameleon is its vision tower; no gradient reaches it. The vector that ends a span
-    belongs to the main part, as in the published code.
+    dotted name. The heads for training count as latent heads. The VQ encoder of Chameleon is its vision tower; no
+    gradient reaches it. The vector that ends a span belongs to the main part, as in the published code.
 
     Example:
         >>> part_of("model.visual.blocks.0.norm1.weight"), part_of("base_model.model.model.visual.merger.mlp.0.bias")
@@ -42,9 +42,11 @@ def part_of(name: str) -> str:
         ('merger', 'main')
         >>> part_of("latent_head.mlp.0.weight"), part_of("latent_stop_vector.weight")
         ('latent head', 'main')
+        >>> part_of("concept_head.mlp.0.bias"), part_of("attention_head.query_proj.weight")
+        ('latent head', 'latent head')
     """
     pieces = name.split(".")
-    if "latent_head" in pieces:
+    if not {"latent_head", "concept_head", "attention_head"}.isdisjoint(pieces):
         return "latent head"
     if "vqmodel" in pieces:
         return "vision"

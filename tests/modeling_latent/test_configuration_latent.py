@@ -26,6 +26,9 @@ DEFAULTS: dict[str, Any] = {
     "latent_stop_vector": False,
     "latent_head_timing": "train",
     "latent_head_size": None,
+    "latent_learned_token_ids": None,
+    "concept_head_size": None,
+    "attention_head": False,
     "patch_embed_fp32": False,
     "rope_positions": "mrope",
 }
