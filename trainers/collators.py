@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from .data.lvr_text import RegionLayout, render_regions
 from .data.records import RECORD_FIELDS, RecordError, open_image, record_from_row, record_origin
 from .losses.roi_regression import roi_token_index
 
-LATENT_FORMS = ("chain", "slots", "regions", "none")
+LATENT_FORMS = ("chain", "slots", "regions", "learned", "none")
 
 
 def check_layout(latent_form: str, num_slots: int | None, pad_to_multiple_of: int | None) -> None:
@@ -30,7 +30,9 @@ def check_layout(latent_form: str, num_slots: int | None, pad_to_multiple_of: in
         ValueError: names the option, its value and the remedy.
     """
     if latent_form not in LATENT_FORMS:
-        raise ValueError(f"latent_form={latent_form!r} is unknown; choose 'chain', 'slots', 'regions' or 'none'")
+        raise ValueError(
+            f"latent_form={latent_form!r} is unknown; choose 'chain', 'slots', 'regions', 'learned' or 'none'"
+        )
     if num_slots is not None and not (latent_form == "slots" and is_count(num_slots)):
         raise ValueError(
             f"num_slots={num_slots!r} with latent_form={latent_form!r}: give an integer of at least 1 and "
@@ -70,6 +72,8 @@ class LatentSFTCollator:
         RecordError: names file and row, e.g. a missing chain or an unreadable image.
     """
 
+    forms: ClassVar[tuple[str, ...]] = ("chain", "slots", "regions", "none")
+
     processor: LatentProcessor
     latent_form: str = "chain"
     num_slots: int | None = None
@@ -80,6 +84,11 @@ class LatentSFTCollator:
 
     def __post_init__(self) -> None:
         check_layout(self.latent_form, self.num_slots, self.pad_to_multiple_of)
+        if self.latent_form not in self.forms:
+            raise ValueError(
+                f"{type(self).__name__} does not lay out latent_form={self.latent_form!r}; choose one of "
+                f"{list(self.forms)}, or the config of the method that has it ('learned': LavitSFTConfig)"
+            )
         if not hasattr(type(self.processor), "default_system_message"):
             raise ValueError(
                 f"latent_form={self.latent_form!r} is written in the chat format of the Qwen-VL families, which "

@@ -281,7 +281,10 @@ def test_a_processor_of_another_chat_format_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"latent_form": "roi"}, "latent_form='roi' is unknown; choose 'chain', 'slots', 'regions' or 'none'"),
+        (
+            {"latent_form": "roi"},
+            "latent_form='roi' is unknown; choose 'chain', 'slots', 'regions', 'learned' or 'none'",
+        ),
         ({"num_slots": 3}, "num_slots=3 with latent_form='chain'.*latent_form='slots'"),
         ({"latent_form": "slots", "num_slots": 0}, "num_slots=0.*at least 1"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0 must be an integer of at least 1"),
