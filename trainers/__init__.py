@@ -2,10 +2,12 @@
 
 | question | files |
 |---|---|
-| which options, and the trainer | `configs` (of LVR `lvr_config`, of IVT-LR and Coconut `staged_config`, shared \
-`config_parts`), `sft_trainer` |
+| which options, and the trainer | `configs` (of LVR `lvr_config`, of LaViT `lavit_config`, of IVT-LR and Coconut \
+`staged_config`, shared `config_parts`), `sft_trainer` |
 | training in stages | `curriculum`, `staged_collator`, `data/stages` |
 | what a method trains | `objectives/`, `losses/`, `latent_forward` (the loss inside the wrapped forward) |
+| a teacher's signals | `teachers` (extraction; `teacher_*`, `judges`), `data/teacher_signals`, `lavit_collator`, \
+`sensory_gate` |
 | what is fed at latent positions | `exposure`, `free_running` |
 | from records to batches | `data/`, `collators`, `sample_lengths`, `dynamic_loader` |
 | several processes | `distributed`, `optimizer_groups` |
@@ -27,6 +29,8 @@ _EXPORTS = {
     "LatentSFTCollator": "collators",
     "LatentSFTConfig": "configs",
     "LatentSFTTrainer": "sft_trainer",
+    "LavitCollator": "lavit_collator",
+    "LavitSFTConfig": "lavit_config",
     "LVRSFTConfig": "lvr_config",
     "Curriculum": "curriculum",
     "OBJECTIVES": "objectives",

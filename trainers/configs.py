@@ -39,6 +39,9 @@ class LatentSFTConfig(LatentRunOptions, SFTConfig):
     latent_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight (lambda) of the latent loss. 0 trains the cross entropy alone."}
     )
+    ce_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the cross entropy. 0 trains the latent losses alone."}
+    )
     loss_average: str = field(
         default="batch",
         metadata={
@@ -159,6 +162,8 @@ class LatentSFTConfig(LatentRunOptions, SFTConfig):
         check_layout(self.latent_form, self.num_slots, self.pad_to_multiple_of)
         if not is_number(self.latent_loss_weight, 0, math.inf):
             raise ValueError(f"latent_loss_weight={self.latent_loss_weight!r} must be a finite number, 0 or more")
+        if not is_number(self.ce_weight, 0, math.inf):
+            raise ValueError(f"ce_weight={self.ce_weight!r} must be a finite number, 0 or more")
         if self.loss_average not in LOSS_AVERAGES:
             raise ValueError(f"loss_average={self.loss_average!r} is unknown; choose one of {list(LOSS_AVERAGES)}")
         if self.loss_average == "sample" and self.loss_type != "nll":

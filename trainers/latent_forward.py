@@ -12,7 +12,7 @@ import inspect
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -59,23 +59,34 @@ class LatentLoss:
 class LatentObjective(ABC):
     """What a method computes in the forward; it holds options, no parameters.
 
-    A step calls `ce_labels`, `prepare`, `fed_positions` and `loss`, in this order and with the same `input_ids`.
+    A step calls `ce_labels`, `prepare`, `fed_positions`, `during_forward` and `loss`, in this order and with the same
+    `input_ids`.
 
     Attributes:
+        main_loss: name, as it is logged, of [`LatentLoss.loss`].
+        global_step: optimizer steps that are done; the trainer says it before each forward.
         sum_names: keys of [`LatentLoss.sums`] in training, the same in every batch.
         eval_sum_names: further ones in evaluation, behind them.
+        watched: name, as it is logged, to a piece of the names of parameters whose gradient norm is logged.
         auxiliary: name, as it is logged, and weight of each further loss of [`LatentLoss.auxiliary`].
         batch_inputs: tensors of a batch that are the objective's alone; the backbone does not get them.
         exposures: kinds of exposure (`exposure.py`) that the method can be trained with.
         has_latent_loss: `False` for a method that trains the cross entropy alone.
     """
 
+    main_loss: str = "loss_latent"
+    global_step: int = 0
     sum_names: tuple[str, ...] = ()
     eval_sum_names: tuple[str, ...] = ()
+    watched: Mapping[str, str] = MappingProxyType({})
     auxiliary: Mapping[str, float] = MappingProxyType({})
     batch_inputs: tuple[str, ...] = ()
     exposures: tuple[str, ...] = ("text", "own", "free")
     has_latent_loss: bool = True
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """Called once with the head class, before optimizer and wrappers exist: refuse it, or freeze parts of it."""
+        return None
 
     @abstractmethod
     def ce_labels(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:
@@ -89,6 +100,10 @@ class LatentObjective(ABC):
         """What changes in the inputs of the backbone before the exposure: teacher's latents, image embeddings that
         were made already. `inputs` has `batch_inputs` too."""
         return {}
+
+    def during_forward(self, model: PreTrainedModel, inputs: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+        """What is open while the backbone runs on `inputs`; what it yields is among the inputs of `loss`."""
+        return nullcontext({})
 
     @abstractmethod
     def loss(self, model: PreTrainedModel, hidden_states: torch.Tensor, inputs: dict[str, Any]) -> LatentLoss:
@@ -214,13 +229,14 @@ def add_latent_loss(
         kwargs.update(exposure.inputs(self, objective.fed_positions(kwargs["input_ids"]), kwargs))
         hook = self.base_model.register_forward_hook(_keep_supervised(kept, index), with_kwargs=False)
         try:
-            output = fused_forward(*args, fused_lm_head=True, shift_labels=targets, **kwargs)
+            with objective.during_forward(self, kwargs) as found:
+                output = fused_forward(*args, fused_lm_head=True, shift_labels=targets, **kwargs)
         finally:
             hook.remove()
         fields = {name: output[name] for name in output.keys()}
         if not with_loss:
             return LatentFusedOutput(**fields)
-        latent = objective.loss(self, kept["hidden_states"], {**kwargs, **own, "labels": labels})
+        latent = objective.loss(self, kept["hidden_states"], {**kwargs, **own, **found, "labels": labels})
         if latent.auxiliary:
             losses, counts = zip(*latent.auxiliary, strict=True)
             fields.update(auxiliary_losses=torch.stack(losses), auxiliary_counts=torch.stack(counts))

@@ -13,6 +13,7 @@ from .data.records import RECORD_FIELDS
 from .distributed import DistributedMixin, check_token_average
 from .dynamic_loader import DynamicBatchTrainer
 from .fault_tolerance import check_model_precision
+from .gradient_norms import GradientNorms
 from .latent_forward import LatentFusedOutput, add_latent_loss
 from .model_loading import check_processor, check_token_ids
 from .objectives import build_objective
@@ -23,16 +24,17 @@ from .packed_forward import pack_decoder
 class LatentSFTTrainer(CurriculumTrainer, FaultTolerantTrainer, DynamicBatchTrainer, DistributedMixin, SFTTrainer):
     """Supervised training of latent reasoning, for every method that has an objective (`trainers/objectives/`).
 
-    Total loss = cross entropy + `latent_loss_weight` * latent loss, both means over the micro-batch, as in the
-    published LASER code, or with `loss_average="token"` (`"sample"`: per sample first) over the whole optimizer step.
+    Total loss = `ce_weight` * cross entropy + `latent_loss_weight` * latent loss, both means over the micro-batch, as
+    in the published LASER code, or with `loss_average="token"` (`"sample"`: per sample first) over the whole optimizer
+    step.
     Only supervised positions meet the LM head. PEFT, DDP, ZeRO and gradient accumulation work as in TRL. With
     `latent_packing="sequence"` the layers see several samples in a row, without padding (`packed_forward.py`). A
     configuration with a `curriculum()` trains in stages (`curriculum.py`).
 
-    Logged: `loss_total`, `loss_ce`, `loss_latent` and the objective's auxiliary losses (means over the micro-batches
-    since the last log, over all ranks), unweighted, and the objective's ratios (sums of numerators over sums of
-    denominators), each with prefix `eval_` in evaluation. When all their weights are 0 the latent losses are not
-    computed, and nothing of them is logged.
+    Logged: `loss_total`, `loss_ce`, `loss_latent` (LaViT: `loss_concept`) and the objective's auxiliary losses (means
+    over the micro-batches since the last log, over all ranks), unweighted, the objective's ratios (sums of numerators
+    over sums of denominators), each with prefix `eval_` in evaluation, and gradient norms of the parts that it names.
+    When all their weights are 0 the latent losses are not computed, and nothing of them is logged.
 
     Args:
         model: a latent model, a folder or a Hub id of one.
@@ -79,10 +81,14 @@ class LatentSFTTrainer(CurriculumTrainer, FaultTolerantTrainer, DynamicBatchTrai
         )
         base = self.trained_base()
         self.objective = build_objective(args, base.config)
+        self.objective.bind(base)
         check_token_average(args.loss_average, self.objective)
         optimizer_groups(self.model, args)  # refuses a learning rate for a part that is not trained
         check_token_ids(base.config, processing_class)
         check_model_precision(self.model, self.args, self.is_deepspeed_enabled)
+        self._gradient_norms = GradientNorms(self.model, self.objective.watched) if self.objective.watched else None
+        if self._gradient_norms is not None:
+            self.add_callback(self._gradient_norms)
         self._latent_totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         with_loss = args.latent_loss_weight > 0 or any(weight > 0 for weight in self.objective.auxiliary.values())
         add_latent_loss(base, self.objective, args.exposure(), with_loss=with_loss)
@@ -92,6 +98,7 @@ class LatentSFTTrainer(CurriculumTrainer, FaultTolerantTrainer, DynamicBatchTrai
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        self.objective.global_step = self.state.global_step
         kept: list[LatentFusedOutput] = []
         hook = model.register_forward_hook(lambda module, args, output: kept.append(output))
         try:
@@ -106,12 +113,13 @@ class LatentSFTTrainer(CurriculumTrainer, FaultTolerantTrainer, DynamicBatchTrai
         if self.args.loss_average == "sample":
             ce, ce_terms = self.sample_mean(ce, output.log_probs, inputs)
         ce_factor, *factors = self.loss_factors(ce_terms, *counts)
-        loss = ce = ce * ce_factor
+        ce = ce * ce_factor
+        loss = self.args.ce_weight * ce
         latent: dict[str, torch.Tensor] = {}
         if output.latent_loss is not None:
-            weights = {"loss_latent": self.args.latent_loss_weight, **auxiliary}
+            weights = {self.objective.main_loss: self.args.latent_loss_weight, **auxiliary}
             latent = {name: each * factor for name, each, factor in zip(weights, losses, factors, strict=True)}
-            loss = ce + sum(weights[name] * each for name, each in latent.items())
+            loss = self.args.ce_weight * ce + sum(weights[name] * each for name, each in latent.items())
         if self.model.training:
             self.watch_losses(ce, sum(latent.values(), torch.zeros_like(ce)))
         self._add_totals({"loss_total": loss, "loss_ce": ce, **latent}, output)
@@ -142,6 +150,8 @@ class LatentSFTTrainer(CurriculumTrainer, FaultTolerantTrainer, DynamicBatchTrai
             for name, (numerator, denominator) in zip(totals, summed, strict=True):
                 self._metrics[mode][name] = [numerator / denominator if denominator else 0.0]
             self._latent_totals[mode] = {}
+        if mode == "train" and self._gradient_norms is not None:
+            self._metrics[mode].update({name: [norm] for name, norm in self._gradient_norms.take().items()})
         super().log(logs, start_time)
 
 

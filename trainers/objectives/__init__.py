@@ -49,4 +49,4 @@ def build_objective(args: LatentSFTConfig, config: PreTrainedConfig) -> LatentOb
     return objective
 
 
-from . import laser, lvr, staged  # noqa: E402, F401  (they register themselves)
+from . import laser, lavit, lvr, staged  # noqa: E402, F401  (they register themselves)
