@@ -205,7 +205,7 @@ class LavitCollator(LatentSFTCollator):
             record["id"], *grid, " (guessed)" if guessed else "", *student,
         )  # fmt: skip
 
-    def _pooled(self, concept: torch.Tensor, target: tuple[int, int], source: tuple[int, int] | None) -> torch.Tensor:
+    def _pooled(self, concept: torch.Tensor, target: tuple[int, int], source: tuple[int, int]) -> torch.Tensor:
         """`(D,)`, the mean over the teacher's image tokens, as published over the resized ones."""
         if concept.ndim == 1:
             return concept
