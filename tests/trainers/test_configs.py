@@ -75,6 +75,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"latent_loss_weight": float("nan")}, "latent_loss_weight=nan must be a finite number"),
     ({"latent_loss_weight": float("inf")}, "latent_loss_weight=inf must be a finite number"),
     ({"latent_loss_weight": "much"}, "latent_loss_weight='much' must be a finite number"),
+    ({"ce_weight": -1}, "ce_weight=-1 must be a finite number, 0 or more"),
     ({"latent_loss_weight": True}, "latent_loss_weight=True must be a finite number"),
     ({"latent_form": "roi"}, "latent_form='roi' is unknown; choose 'chain', 'slots', 'regions', 'learned' or 'none'"),
     ({"latent_form": None}, "latent_form=None is unknown; choose 'chain', 'slots', 'regions', 'learned' or 'none'"),
