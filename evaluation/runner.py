@@ -1,7 +1,7 @@
 """Batched generation over records, with or without latents: what every benchmark and example calls."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,12 +20,15 @@ class Prediction:
     Args:
         id: of the record.
         text: the text, latents hidden.
-        latent_path: the text with every span shown as what its slots would have said.
-        num_latent_steps: slots fed.
-        num_tokens: generated positions in all: slots, markers and text up to the end of the turn; inserted image
-            embeddings do not count.
+        latent_path: the text with every span shown as what its slots would have said; learned tokens that the model
+            wrote itself by their names.
+        num_latent_steps: slots fed, and learned tokens, laid out or written by the model.
+        num_tokens: generated positions in all: slots, learned tokens, markers and text up to the end of the turn;
+            inserted image embeddings do not count.
         closed_by: stop rule of each span, `"open"` when the budget ended it.
         num_markers: those of `num_tokens` that are markers laid out around the slots (strategy `staged`).
+        num_prefilled: those of `num_tokens` that are learned tokens laid out behind the prompt (strategy `learned`).
+        raw: the new text with its special tokens, as published scorers read it; nothing that was laid out.
     """
 
     id: str
@@ -35,11 +38,13 @@ class Prediction:
     num_tokens: int
     closed_by: tuple[str, ...]
     num_markers: int = 0
+    num_prefilled: int = 0
+    raw: str = ""
 
     @property
     def num_steps(self) -> int:
         """Autoregressive steps: slots, and generated tokens with the end of the turn."""
-        return self.num_tokens - self.num_markers
+        return self.num_tokens - self.num_markers - self.num_prefilled
 
 
 def build_prompt(processor: ProcessorMixin, record: Record, instruction: str = "") -> str:
@@ -133,28 +138,63 @@ def _predict_batch(
     output = model.generate(**inputs, return_dict_in_generate=True, **options)
     trace, start = output.get("latent_trace"), inputs["input_ids"].shape[1]
     written = output.sequences[:, start if trace is None else trace.prompt_length :]
-    lengths = _text_lengths(written, model, processor, options)
-    texts = [text.strip() for text in processor.batch_decode(written, skip_special_tokens=True)]
-    if trace is None:
-        return [
-            Prediction(record["id"], text, text, 0, length, ())
-            for record, text, length in zip(records, texts, lengths, strict=True)
-        ]
-    start = _start_of_layout(trace, start)
-    new = _without_prompt(output.sequences[:, start:], trace, start, processor)
-    paths = processor.batch_decode_latent(new, trace.readable_sequences[:, start:], trace.latent_mask[:, start:])
-    laid_out = new[:, : trace.prompt_length - start]
-    slots = (laid_out == processor.latent_token_id).sum(dim=1).tolist()
-    markers = torch.isin(laid_out, _markers(processor, new.device)).sum(dim=1).tolist()
-    steps = trace.num_latent_steps.tolist()
-    reasons = [tuple(span.reason for span in trace.spans if span.row == row) for row in range(len(records))]
-    return [
-        Prediction(
-            record["id"], texts[row], paths[row].strip(), steps[row],
-            slots[row] + markers[row] + lengths[row], reasons[row], markers[row],
+    replies = _replies(written, model, processor, records, options)
+    return replies if trace is None else _with_latents(replies, output.sequences, trace, start, processor)
+
+
+def _replies(
+    written: torch.LongTensor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    records: Sequence[Record],
+    options: Mapping[str, Any],
+) -> list[Prediction]:
+    """What the model wrote itself: text, and learned tokens, which are no text."""
+    replies, learned = [], torch.isin(written, _learned(processor, written.device))
+    texts = processor.batch_decode(
+        torch.where(learned, processor.tokenizer.pad_token_id, written), skip_special_tokens=True
+    )
+    rows, ends = written.tolist(), _ends_of_replies(written, model, processor, options)
+    for record, text, count, ids, end in zip(records, texts, learned.sum(1).tolist(), rows, ends, strict=True):
+        length = end - ids[:end].count(processor.latent_patch_token_id)
+        text, raw = text.strip(), processor.decode(ids[:end])
+        replies.append(Prediction(record["id"], text, text, count, length, (), raw=raw))
+    return replies
+
+
+def _with_latents(
+    replies: Sequence[Prediction],
+    sequences: torch.LongTensor,
+    trace: LatentTrace,
+    start: int,
+    processor: ProcessorMixin,
+) -> list[Prediction]:
+    """The replies with the slots and with what was laid out behind the prompts, which are `start` columns long."""
+    start, device = _start_of_layout(trace, start), sequences.device
+    new = _without_prompt(sequences[:, start:], trace, start, processor)
+    latents = trace.latent_mask[:, start:] | torch.isin(new, _learned(processor, device))
+    paths = processor.batch_decode_latent(new, trace.readable_sequences[:, start:], latents)
+    laid_out, steps = new[:, : trace.prompt_length - start], trace.num_latent_steps.tolist()
+    slots, markers, prefilled = (
+        torch.isin(laid_out, ids).sum(dim=1).tolist()
+        for ids in (
+            _token_ids([processor.latent_token_id], device),
+            _markers(processor, device),
+            _learned(processor, device),
         )
-        for row, record in enumerate(records)
-    ]  # fmt: skip
+    )
+    return [
+        replace(
+            reply,
+            latent_path=paths[row].strip(),
+            num_latent_steps=reply.num_latent_steps + steps[row],
+            num_tokens=reply.num_tokens + slots[row] + markers[row] + prefilled[row],
+            closed_by=tuple(span.reason for span in trace.spans if span.row == row),
+            num_markers=markers[row],
+            num_prefilled=prefilled[row],
+        )
+        for row, reply in enumerate(replies)
+    ]
 
 
 def _start_of_layout(trace: LatentTrace, start: int) -> int:
@@ -175,22 +215,30 @@ def _without_prompt(
 
 
 def _markers(processor: ProcessorMixin, device: torch.device) -> torch.LongTensor:
-    return torch.tensor([processor.latent_start_token_id, processor.latent_end_token_id], device=device)
+    return _token_ids([processor.latent_start_token_id, processor.latent_end_token_id], device)
 
 
-def _text_lengths(
+def _learned(processor: ProcessorMixin, device: torch.device) -> torch.LongTensor:
+    return _token_ids(processor.latent_learned_token_ids or (), device)
+
+
+def _token_ids(ids: Iterable[int | None], device: torch.device) -> torch.LongTensor:
+    """The ids that the model has: a method with learned tokens has neither slots nor markers."""
+    return torch.tensor([token for token in ids if token is not None], dtype=torch.long, device=device)
+
+
+def _ends_of_replies(
     written: torch.LongTensor, model: PreTrainedModel, processor: ProcessorMixin, options: Mapping[str, Any]
 ) -> list[int]:
-    """Generated positions of each row, with the end of the turn, without the padding behind it (which may be the same
-    token) and without inserted image embeddings."""
+    """Number of ids of each reply, with the end of the turn, without the padding behind it (which may be the same
+    token)."""
     pad, ends = processor.tokenizer.pad_token_id, options.get("eos_token_id", model.generation_config.eos_token_id)
     ends = ends if isinstance(ends, list) else [ends]
-    lengths = []
+    found = []
     for ids in written.tolist():
         kept = len(ids)
         while kept and ids[kept - 1] == pad:
             kept -= 1
         ends_with_pad = kept < len(ids) and pad in ends and not (kept and ids[kept - 1] in ends)
-        inserted = ids[:kept].count(processor.latent_patch_token_id)
-        lengths.append(kept - inserted + ends_with_pad)
-    return lengths
+        found.append(kept + ends_with_pad)
+    return found

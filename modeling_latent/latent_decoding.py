@@ -8,7 +8,7 @@ _JOINERS = frozenset("-'’_\ufffd")
 
 
 class LatentDecodingMixin:
-    """For a processor with a `tokenizer`, `latent_token_id` and `latent_patch_token_id` (see `latent_tokens.py`)."""
+    """For a processor with a `tokenizer` and the ids of its latent tokens (see `latent_tokens.py`)."""
 
     def decode_latent(self, sequence_ids: Any, readable_ids: Any = None, latent_mask: Any = None) -> str:
         """Text of one sequence with every latent span shown as the words that its slots would have said.
@@ -17,8 +17,9 @@ class LatentDecodingMixin:
         separated by `·`. A slot starts a new item when its token begins with a space or when a word boundary lies
         between it and the slot before; otherwise it is the rest of that word (`Snow` + `board` read `⟨Snowboard⟩`). A
         special token that a slot said stays literal, an unknown one is `?`, white space alone `␣`, and a run of
-        inserted image embeddings `[2 patches]`. With no readable id in the span it reads `⟨3 latents⟩`. Outside the
-        spans the start, end and all other special tokens are dropped.
+        inserted image embeddings `[2 patches]`. With no readable id in the span it reads `⟨3 latents⟩`. Learned tokens
+        are slots too, and read as their names where `readable_ids` is not given. Outside the spans the start, end and
+        all other special tokens are dropped.
 
         Args:
             sequence_ids: `[length]` ids (tensor, array or list).
@@ -26,8 +27,8 @@ class LatentDecodingMixin:
                 where unknown; other positions are not read. A row of `trace.dense("readable_ids")` or of
                 `trace.readable_sequences` is such a list.
             latent_mask: `[length]` booleans, true at latent positions (a row of `trace.latent_mask`). Default: where
-                the id is the slot or the patch token. When only the mask is given, the ids under it are taken as what
-                the slots said.
+                the id is the slot, the patch or a learned token. When only the mask is given, the ids under it are
+                taken as what the slots said.
 
         Raises:
             ValueError: for a batch, or lengths that differ.
@@ -36,7 +37,8 @@ class LatentDecodingMixin:
         if any(isinstance(i, list) for i in ids):
             raise ValueError("decode_latent takes one sequence; use batch_decode_latent for a batch")
         placeholders = {self.latent_token_id, self.latent_patch_token_id}
-        mask = [i in placeholders for i in ids] if latent_mask is None else [bool(m) for m in _as_list(latent_mask)]
+        latents = placeholders | set(self.latent_learned_token_ids or ())
+        mask = [i in latents for i in ids] if latent_mask is None else [bool(m) for m in _as_list(latent_mask)]
         if readable_ids is not None:
             said = _as_list(readable_ids)
         else:

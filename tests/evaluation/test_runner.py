@@ -86,6 +86,86 @@ def test_slots_of_a_short_prompt_that_begin_before_the_end_of_a_long_one() -> No
     assert first.latent_path.startswith("⟨[4 patches]·") and "[1 patch]" in second.latent_path
 
 
+class Say(LogitsProcessor):
+    """The arg max of a row is its own list of ids, one a step."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.rows, self.step = rows, -1
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        self.step += 1
+        scores = torch.full_like(scores, -1e9)
+        for row, ids in enumerate(self.rows):
+            scores[row, ids[self.step]] = 0
+        return scores
+
+
+def learned_parts() -> tuple[LatentQwen2_5_VLForConditionalGeneration, LatentProcessor]:
+    """A model with learned tokens: it has neither slots nor markers."""
+    processor = build_tiny_processor(latent_tokens=LATENT_METHODS["lavit"].tokens)
+    ids = {name: getattr(processor, name) for name in LATENT_TOKEN_FIELDS}
+    assert [name for name, value in ids.items() if value is not None] == ["latent_learned_token_ids"]
+    return liven(tiny_latent_model(latent_method="lavit", **ids)), processor
+
+
+@pytest.mark.parametrize("options", [{}, {"num_latent_steps": 3}, {"mask_latents": True}, {"mask_latents": "padding"}])
+def test_learned_tokens_behind_the_prompt_are_latent_steps_and_no_text(
+    options: dict[str, Any], records: list[Record]
+) -> None:
+    """They cost no step; nothing is cut from the answer, whose own ids are what `generate` wrote behind them."""
+    model, processor = learned_parts()
+    options = {"latent_strategy": "learned", **options}
+    number = options.get("num_latent_steps", len(processor.latent_learned_token_ids))
+    predictions = predict(model, processor, records, batch_size=3, max_new_tokens=9, **options)
+    for record, prediction in zip(records, predictions, strict=True):
+        ids, output = alone(model, processor, record, **options)
+        assert ids[:number] == processor.latent_learned_token_ids[:number] and len(ids) == number + 9
+        assert prediction.raw == processor.decode(ids[number:]) and "<lvr" not in prediction.raw
+        assert prediction.text == processor.decode(ids[number:], skip_special_tokens=True).strip()
+        assert (prediction.num_latent_steps, prediction.num_prefilled, prediction.num_markers) == (number, number, 0)
+        assert (prediction.num_tokens, prediction.num_steps) == (number + 9, 9)
+        said = output.latent_trace.readable_sequences[0]
+        path = processor.decode_latent(output.sequences[0], said, output.latent_trace.latent_mask[0])
+        assert path.endswith(prediction.latent_path) and prediction.latent_path.startswith("⟨")
+        assert record["question"][:6] not in prediction.latent_path
+
+
+@pytest.mark.parametrize("latent_strategy", ["learned", "off"])
+def test_learned_tokens_that_the_model_writes_are_counted(latent_strategy: str, records: list[Record]) -> None:
+    model, processor = learned_parts()
+    learned, end = processor.latent_learned_token_ids, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    (word,) = processor.tokenizer.encode("dog", add_special_tokens=False)[:1]
+    rows = [
+        [*learned, word, end, end],
+        [word, end, end, end, end, end, end],
+        [word, *learned[:2], word, end, end, end],
+    ]
+    options: dict[str, Any] = {"latent_strategy": latent_strategy, "max_new_tokens": 7}
+    options |= {"force_latents": False} if latent_strategy == "learned" else {}
+    chosen = sorted((record for record in records if record["images"]), key=lambda record: len(record["question"]))[:3]
+    found = [predict(model, processor, [each], logits_processor=[Say([row])], **options)[0]
+             for each, row in zip(chosen, rows, strict=True)]  # fmt: skip
+    said, names = processor.decode([word]), [processor.tokenizer.convert_ids_to_tokens(token) for token in learned]
+    assert [each.text for each in found] == [said.strip(), said.strip(), processor.decode([word, word]).strip()]
+    assert [each.num_latent_steps for each in found] == [4, 0, 2]
+    assert [each.num_steps for each in found] == [each.num_tokens for each in found] == [6, 2, 5]
+    assert [each.num_prefilled for each in found] == [0, 0, 0]
+    assert found[0].raw == "".join(names) + f"{said}<|im_end|>" and found[1].raw == f"{said}<|im_end|>"
+    assert found[0].latent_path == f"⟨{'·'.join(names)}⟩{said}".strip() and "⟨" not in found[1].latent_path
+    assert f"⟨{'·'.join(names[:2])}⟩" in found[2].latent_path
+
+
+def test_learned_tokens_of_a_stock_model(records: list[Record]) -> None:
+    """A published folder that was read as the stock class writes them as it writes any token."""
+    _, processor = learned_parts()
+    learned = processor.latent_learned_token_ids
+    (word,) = processor.tokenizer.encode("dog", add_special_tokens=False)[:1]
+    options = {"logits_processor": [Say([[*learned, word]])], "max_new_tokens": 5}
+    (found,) = predict(tiny_stock_model(), processor, records[:1], **options)
+    assert (found.num_latent_steps, found.num_tokens, found.text) == (4, 5, processor.decode([word]).strip())
+    assert found.raw.startswith("<lvr1><lvr2><lvr3><lvr4>") and found.closed_by == ()
+
+
 class EndAt(LogitsProcessor):
     """The arg max is the end token at a position that depends on the row, from the first generated one on."""
 
@@ -155,6 +235,7 @@ def test_batches_equal_single_calls_in_the_given_order(
             num_latent_steps=ids.count(processor.latent_token_id),
             num_tokens=len(ids),
             closed_by=tuple(span.reason for span in trace.spans),
+            raw=processor.decode(ids),
         )
         expected = {"dynamic": 4, "fixed": 2, "off": 0}[options.get("latent_strategy", "dynamic")]
         assert prediction.num_latent_steps == expected
