@@ -55,7 +55,7 @@ def write_m3cot_predictions(path: str | os.PathLike, predictions: Iterable[Mappi
         RecordError: a field is missing or of the wrong type, or an id occurs twice; the row is that of the line.
     """
     seen: dict[str, int] = {}
-    with _whole_file(path) as file:
+    with whole_file(path) as file:
         for row, prediction in enumerate(predictions):
             _check_m3cot(prediction, path, row, seen)
             file.write(json.dumps({name: prediction[name] for name in M3COT_FIELDS}, ensure_ascii=False) + "\n")
@@ -129,7 +129,7 @@ def write_scienceqa_predictions(path: str | os.PathLike, results: Mapping[int, i
     """
     for place, prediction in results.items():
         _check_result(path, place, prediction)
-    with _whole_file(path) as file:
+    with whole_file(path) as file:
         json.dump({"results": {str(place): results[place] for place in sorted(results)}}, file)
     return len(results)
 
@@ -169,7 +169,7 @@ def _check_result(path: str | os.PathLike, place: Any, prediction: Any) -> None:
 
 
 @contextmanager
-def _whole_file(path: str | os.PathLike) -> Iterator[IO[str]]:
+def whole_file(path: str | os.PathLike) -> Iterator[IO[str]]:
     """A file that appears under its name when everything is written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
