@@ -144,6 +144,17 @@ def test_images_of_a_given_size(run: Run, saved: Callable[[str], Path], folder: 
     assert Image.open(folder / "0.png").size == (80, 60)
 
 
+def test_strategies_with_options_of_their_own(run: Run, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    data = ("--model", saved("gpt2"), "--task=graphs", "--small", "--num=2", "--output", tmp_path / "scores.json")
+    strategies = ("staged", "staged:num_latent_steps=3", "staged:num_latent_steps=1,latent_markers=false")
+    run(*data, "--max_new_tokens=3", "--num_latent_steps=2", "--strategies", *strategies)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores) == [f"graphs, latents {each}" for each in strategies]
+    found = [{(each["num_latent_steps"], each["num_markers"]) for each in score["predictions"]}
+             for score in scores.values()]  # fmt: skip
+    assert found == [{(2, 2)}, {(3, 2)}, {(1, 0)}]
+
+
 def test_bad_rows_are_counted_and_too_many_stop_the_script(
     run: Run, saved: Callable[[str], Path], folder: Path
 ) -> None:
@@ -163,6 +174,7 @@ def test_bad_rows_are_counted_and_too_many_stop_the_script(
         (["--task=prosqa", "--data_path=gone.json"], "gone.json"),
         (["--task=prosqa", "--data_path=gone.json", "--small"], "sizes of generated graphs, and prosqa is read"),
         (["--task=graphs", "--strategies", "slow"], "latent_strategy='slow' is unknown"),
+        (["--task=graphs", "--strategies", "staged:mask_latents"], r"'staged' does not read \['mask_latents'\]"),
         (["--task=graphs", "--strategies=off", "--num_latent_patches=3"], r"num_latent_patches=3 is read by none of"),
         (["--task=graphs", "--num_nodes=3"], "num_nodes is 3"),
     ],
