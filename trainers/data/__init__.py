@@ -15,6 +15,14 @@ from .answers import (
     score_yes_no,
     score_yes_no_relaxed,
 )
+from .answers_lavit import (
+    accuracy_lavit,
+    count_learned_tokens,
+    extract_final_answer,
+    extract_letter_lavit,
+    judge_verdict,
+    score_lavit,
+)
 from .answers_staged import (
     cot_matches,
     extract_coconut,
@@ -25,6 +33,7 @@ from .answers_staged import (
     score_scienceqa,
 )
 from .graphs import GraphGenerator, check_graph_question, graph_dataset, graph_record, graph_stream
+from .lavit import read_lavit, write_lavit_json
 from .llava import (
     LASER_TOKENS,
     encode_conversation,
@@ -60,6 +69,8 @@ from .records import (
 )
 from .scienceqa import read_scienceqa
 from .staged_text import COCONUT_TOKENS, IVTLR_TOKENS, STAGED_FORMATS, StagedExample, StagedFormat, encode_staged
+from .viscot import read_viscot
+from .viscot_answers import enrich_answers
 
 __all__ = [
     "COCONUT_TOKENS",
@@ -73,13 +84,18 @@ __all__ = [
     "RecordShareError",
     "StagedExample",
     "StagedFormat",
+    "accuracy_lavit",
     "check_graph_question",
     "cot_matches",
+    "count_learned_tokens",
     "encode_conversation",
     "encode_staged",
+    "enrich_answers",
     "extract_answer",
     "extract_coconut",
+    "extract_final_answer",
     "extract_letter",
+    "extract_letter_lavit",
     "extract_mmvp",
     "extract_scienceqa",
     "extract_yes_no",
@@ -87,11 +103,13 @@ __all__ = [
     "graph_record",
     "graph_stream",
     "group_steps",
+    "judge_verdict",
     "m3cot_letters",
     "m3cot_prediction",
     "make_record",
     "pad_batch",
     "read_gsm8k_steps",
+    "read_lavit",
     "read_llava",
     "read_m3cot",
     "read_m3cot_predictions",
@@ -100,6 +118,7 @@ __all__ = [
     "read_scienceqa",
     "read_scienceqa_predictions",
     "read_source",
+    "read_viscot",
     "record_features",
     "record_form",
     "record_from_row",
@@ -109,6 +128,7 @@ __all__ = [
     "scienceqa_predictions",
     "score_choice_relaxed",
     "score_coconut",
+    "score_lavit",
     "score_letter",
     "score_m3cot",
     "score_mmvp",
@@ -117,6 +137,7 @@ __all__ = [
     "score_yes_no_relaxed",
     "split_rationale",
     "validate_record",
+    "write_lavit_json",
     "write_llava",
     "write_m3cot_predictions",
     "write_scienceqa_predictions",

@@ -151,6 +151,7 @@ def record_from_viscot(
     origin = (source, row)
     if not isinstance(value, Mapping):
         raise RecordError(*origin, f"a row must be a JSON object, got {value!r:.120}")
+    check_question_id(value, origin)
     names = _image_names(value, layout, origin)
     turns = parse_turns(value.get("conversations"), source, row)
     layout = _layout_of_row(value, names, turns, layout)
@@ -183,6 +184,16 @@ def check_viscot(record: Record, source: str | os.PathLike, row: int) -> None:
     """
     validate_record(record, source, row)
     check_question_text(record, (source, row), require_steps=False)
+
+
+def check_question_id(value: Mapping[str, Any], origin: tuple[Any, int]) -> None:
+    """Checks that a row's question id, if it has one, is a number or a string.
+
+    Raises:
+        RecordError: when it is something else.
+    """
+    if not isinstance(value.get("question_id"), int | str | None):
+        raise RecordError(*origin, f"'question_id' must be a number or a string, got {value['question_id']!r:.80}")
 
 
 def _image_names(value: Mapping[str, Any], layout: str, origin: tuple[Any, int]) -> list[str]:

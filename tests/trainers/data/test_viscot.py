@@ -241,6 +241,7 @@ def test_a_damaged_image_cannot_be_compared(write: Callable[..., Path], folder: 
         (raw(image=["cot/none.png", f"cot/none.png###{BOX}"]), "does not exist; check image_folder"),
         (raw(image=7), "'image' must be a path or a list of paths"),
         (raw(image=["cot/a.png", 7]), "'image' must be a path or a list of paths"),
+        (raw(question_id=[1]), "'question_id' must be a number or a string, got [1]"),
         (raw(conversations=None), "'conversations' must be a list"),
         (raw(conversations=talk("only one turn")), "needs 2 turns"),
         (raw(conversations=[{"from": "gpt", "value": "x"}] * 4), "a raw row needs 4 turns"),
