@@ -27,6 +27,7 @@ for _part in (
     "ivtlr_published",
     "ivtlr_stock",
     "lavit_adapters",
+    "lavit_answers",
     "lavit_data",
     "lavit_losses",
     "lavit_teacher",
