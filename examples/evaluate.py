@@ -2,6 +2,7 @@
 
     python examples/evaluate.py --model runs/quickstart/laser-maze --vsp_dir ../shared/data/vsp_maze
     python examples/evaluate.py --model runs/lvr-maze-grpo --strategies fixed --compare runs/lvr-maze  # paired
+    python examples/evaluate.py --model runs/lavit-maze --strategies learned learned:mask_latents off
 
 Every condition is one line: accuracy with its 95 % Wilson interval, accuracy by size, mean latent steps and generated
 positions; differences to the first condition, and to another model, with a paired bootstrap interval.
