@@ -1,10 +1,10 @@
 """Arguments of published scripts as ours, on the command line and in YAML files.
 
 LVR (arXiv 2509.24251), both stages: the supervised one (`"sft"`) and GRPO_latent (`"grpo"`); IVT-LR and Coconut (arXiv
-2510.12603, 2412.06769; `"staged"`); LaViT (arXiv 2601.10129; `"lavit"`). A name that is ours too passes unchanged; an
-old or published name becomes our field; a dead one is refused, with what to write instead. The tables
-(`published_table.py`, `published_staged_table.py`, `published_lavit_table.py`) are also those of
-`hub_configs/methods/lvr.md`, `ivtlr.md` and `lavit.md`.
+2510.12603, 2412.06769; `"staged"`); LaViT (arXiv 2601.10129; `"lavit"`, and `"teacher"` for its data builder). A name
+that is ours too passes unchanged; an old or published name becomes our field; a dead one is refused, with what to
+write instead. The tables (`published_table.py`, `published_staged_table.py`, `published_lavit_table.py`,
+`published_teacher_table.py`) are also those of `hub_configs/methods/lvr.md`, `ivtlr.md` and `lavit.md`.
 """
 
 import logging
@@ -18,6 +18,7 @@ from .published_lavit_table import LAVIT_ARGUMENTS
 from .published_rows import PublishedArgument
 from .published_staged_table import STAGED_ARGUMENTS
 from .published_table import BOTH, PUBLISHED_ARGUMENTS
+from .published_teacher_table import TEACHER_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 _LOGGED: set[str] = set()
@@ -26,6 +27,7 @@ _TABLES = {
     "grpo": PUBLISHED_ARGUMENTS,
     "staged": STAGED_ARGUMENTS,
     "lavit": LAVIT_ARGUMENTS,
+    "teacher": TEACHER_ARGUMENTS,
 }
 
 
@@ -99,7 +101,7 @@ class PublishedParser(TrlParser):
 
     Args:
         dataclass_types: as for `TrlParser`.
-        stage: `"sft"`, `"grpo"`, `"staged"` or `"lavit"`.
+        stage: `"sft"`, `"grpo"`, `"staged"`, `"lavit"` or `"teacher"`.
     """
 
     def __init__(self, dataclass_types: Any, stage: str, **kwargs: Any) -> None:
@@ -123,6 +125,11 @@ def staged_argument_table() -> list[str]:
 def lavit_argument_table() -> list[str]:
     """The table of LaViT as Markdown lines, as in `hub_configs/methods/lavit.md`."""
     return _table("published argument", LAVIT_ARGUMENTS)
+
+
+def teacher_argument_table() -> list[str]:
+    """The table of LaViT's data builder as Markdown lines."""
+    return _table("published option", TEACHER_ARGUMENTS)
 
 
 def _table(title: str, rows: tuple[PublishedArgument, ...]) -> list[str]:
@@ -184,6 +191,7 @@ __all__ = [
     "arguments_of",
     "lavit_argument_table",
     "staged_argument_table",
+    "teacher_argument_table",
     "translate_arguments",
     "translate_settings",
 ]
