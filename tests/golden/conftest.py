@@ -28,6 +28,7 @@ for _part in (
     "ivtlr_stock",
     "lavit_adapters",
     "lavit_answers",
+    "lavit_builder",
     "lavit_data",
     "lavit_losses",
     "lavit_teacher",
