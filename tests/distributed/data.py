@@ -5,6 +5,7 @@ from typing import Any
 from datasets import Dataset
 
 from tests.tiny import tiny_images
+from tests.trainers.lavit_parts import lavit_records
 from trainers.data.graphs import SMALL_GRAPHS, graph_dataset
 from trainers.data.mazes import maze_dataset, maze_stream
 from trainers.data.records import make_record, records_to_dataset
@@ -22,6 +23,9 @@ def train_data(kind: str) -> Any:
     """Training data; the examples differ in length, images and number of concepts."""
     if kind == "stream":
         return maze_stream(seed=1, num=STREAM_LENGTH, num_shards=2, sizes=(3, 4))
+    if kind == "teacher":
+        records = [{**each, "question": each["question"] * (i % 3 + 1)} for i, each in enumerate(lavit_records(12))]
+        return records_to_dataset(records)
     if kind == "graphs":
         return graph_dataset(12, seed=3, **SMALL_GRAPHS)
     mazes = maze_dataset(12, seed=3, sizes=(3, 4, 5))

@@ -35,11 +35,13 @@ pytestmark = pytest.mark.distributed
 
 LVR = ("lvr", "lvr, text on one process", "lvr, free")
 STAGED = ("ivtlr", "ivtlr, bptt", "coconut, new optimizers")
+LAVIT = ("lavit", "lavit, own attention")
 GRPO = tuple(name for name in RUNS if RUNS[name].base == "grpo")
-COMPARED = ("adamw", "own", "token", "text on one process", "dynamic", *LVR, *STAGED)
+COMPARED = ("adamw", "own", "token", "text on one process", "dynamic", *LVR, *LAVIT, *STAGED)
 METRICS = ("loss", "loss_total", "loss_ce", "grad_norm")
 LASER_METRICS = (*METRICS, "loss_latent", "confused_ratio", "last_concept_ratio")
 LVR_METRICS = (*METRICS, "loss_latent", "loss_mode_switch", "latent_cosine", "latent_cosine_free")
+LAVIT_METRICS = (*METRICS, "loss_concept", "loss_attention", "concept_cosine", "attention_overlap")
 STAGED_METRICS = (*METRICS, "stage")
 TIMES = ("step_time", "runtime", "per_second")
 BATCH_MEANS = ("kl", "entropy", "clip_ratio", "eval_loss")  # of bnpo, over the tokens of a batch of all processes
@@ -64,14 +66,14 @@ WAYS = {
     "ddp": Way(TORCHRUN, (*COMPARED, *GRPO, "stream", "fsdp2"), "MULTI_CPU", None, "AdamW"),
     "zero2": Way(
         launcher=(*ACCELERATE, "hub_configs/accelerate/cpu_zero2.yaml"),
-        runs=("adamw", "token", "dynamic", *LVR, *STAGED, *GRPO),
+        runs=("adamw", "token", "dynamic", *LVR, *LAVIT, *STAGED, *GRPO),
         kind="DEEPSPEED",
         stage=2,
         optimizer="DeepSpeedZeroOptimizer",
     ),
     "zero3": Way(
         launcher=(*ACCELERATE, "hub_configs/accelerate/cpu_zero3.yaml"),
-        runs=("adamw", "own", "token", "text on one process", *LVR, *STAGED, *GRPO, "script"),
+        runs=("adamw", "own", "token", "text on one process", *LVR, *LAVIT, *STAGED, *GRPO, "script"),
         kind="DEEPSPEED",
         stage=3,
         optimizer="DeepSpeedZeroOptimizer_Stage3",
@@ -176,13 +178,15 @@ def test_losses_and_metrics_are_those_of_one_process(way: str, name: str, one: A
         shapes = [[len(batch[0]) for batch in part["seen"]] for part in parts]
         assert shapes[0] != shapes[1]
     steps = [entry for entry in whole["log"] if "loss" in entry]
-    compared = LVR_METRICS if name in LVR else STAGED_METRICS if name in STAGED else LASER_METRICS
+    of_base = {"lvr": LVR_METRICS, "lavit": LAVIT_METRICS, "ivtlr": STAGED_METRICS, "coconut": STAGED_METRICS}
+    compared = of_base.get(RUNS[name].base, LASER_METRICS)
     assert all(math.isfinite(entry[metric]) for entry in steps for metric in METRICS)
-    assert name in LVR + STAGED or any(0 < entry["confused_ratio"] < 1 for entry in steps)
+    assert name in LVR + LAVIT + STAGED or any(0 < entry["confused_ratio"] < 1 for entry in steps)
     for found, expected in zip(parts[0]["log"], whole["log"], strict=True):
         metrics = [metric for metric in expected if metric.removeprefix("eval_") in compared]
         assert {m: found[m] for m in metrics} == pytest.approx({m: expected[m] for m in metrics}, rel=1e-4)
-    assert ("eval_loss_latent" in whole["log"][-1]) == (name not in STAGED)
+    assert ("eval_loss_latent" in whole["log"][-1]) == (name not in STAGED + LAVIT)
+    assert ("eval_loss_concept" in whole["log"][-1]) == (name in LAVIT)
     assert name not in LVR or "eval_latent_cosine_free" in whole["log"][-1]
 
 

@@ -28,9 +28,10 @@ from tests.distributed.grpo import GRPORecorder, bent, build_grpo, save_grpo_bas
 from tests.latent import tiny_latent_model
 from tests.tiny import tiny_processor
 from tests.trainers.killed_runs import let_deepspeed_use_gloo
+from tests.trainers.lavit_parts import lavit_parts, lavit_processor
 from tests.trainers.staged_parts import staged_parts, staged_processor
 from tests.trainers.test_lvr_sft import lvr_parts
-from trainers import LatentSFTConfig, LatentSFTTrainer, LVRSFTConfig, StagedSFTConfig
+from trainers import LatentSFTConfig, LatentSFTTrainer, LavitSFTConfig, LVRSFTConfig, StagedSFTConfig
 from trainers.data.lvr_text import LVR_TOKENS
 from trainers.data.mazes import maze_dataset
 from trainers.tiny import build_tiny_processor
@@ -109,6 +110,12 @@ RUNS = {
             "adam_epsilon": 1e-4,  # every step is the first one of an optimizer: as large where a gradient is nothing
         },
     ),
+    # The gate opens during the run; heads and attention of the wrapped forward.
+    "lavit": Run(base="lavit", options={**ADAMW, **CHECKPOINTING, "gate_steps": 2}),
+    "lavit, own attention": Run(
+        base="lavit",
+        options={"attention_predictor": "attention", "latent_visibility": "bottleneck", "loss_average": "token"},
+    ),
     # The published loss (bnpo) is a mean over the tokens of a micro-batch: one process has both, one after the other.
     "grpo": Run(base="grpo", options={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
     "grpo, adamw": Run(base="grpo", options={**ADAMW, **CHECKPOINTING, "learning_rate": 2e-4, "loss_type": "dapo"}),
@@ -149,6 +156,7 @@ def save_bases(folder: Path) -> None:
         model.save_pretrained(folder / name)
     model, _ = lvr_parts(head="simple", stop_vector=True)
     model.save_pretrained(folder / "lvr")
+    lavit_parts()[0].save_pretrained(folder / "lavit")
     save_grpo_base(folder / "grpo")
     for name, family in (("ivtlr", "qwen2_5_vl"), ("coconut", "gpt2")):
         staged_parts(family)[0].save_pretrained(folder / name)
@@ -164,6 +172,8 @@ def parts_of(base: str) -> tuple[type[LatentSFTConfig], dict[str, Any], Any]:
     """Class of the configuration, its options beside those of the run, and the processor of a model."""
     if base == "lvr":
         return LVRSFTConfig, {}, build_tiny_processor(latent_tokens=LVR_TOKENS)
+    if base == "lavit":
+        return LavitSFTConfig, {}, lavit_processor()
     if base == "ivtlr":
         return StagedSFTConfig, {}, staged_processor("qwen2_5_vl")
     if base == "coconut":
@@ -180,6 +190,8 @@ def build_trainer(name: str, folder: Path, processes: int) -> Recorder | GRPORec
     config_class, given, processor = parts_of(spec.base)
     args = config_class(output_dir=str(folder / name), **{**OPTIONS, **given, **steps, **spec.options})
     data, eval_data = train_data(spec.data), maze_dataset(5, seed=4, split="validation", sizes=(3, 4))
+    if spec.base == "lavit":
+        data, eval_data = train_data("teacher"), train_data("teacher").select(range(5))
     if spec.base == "coconut":
         data, eval_data = train_data("graphs"), train_data("graphs").select(range(5))
     return Recorder(

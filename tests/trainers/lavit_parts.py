@@ -45,9 +45,14 @@ def lavit_records(number: int = 4) -> list[Record]:
     return records
 
 
+def lavit_processor(family: str = "qwen2_5_vl", number: int = 4) -> Any:
+    """A processor with learned tokens; images may be as small as 2 x 2 image tokens."""
+    return tiny.build_tiny_processor(latent_tokens=learned_tokens(number), family=family, max_pixels=112 * 112)
+
+
 def lavit_parts(family: str = "qwen2_5_vl", number: int = 4, attention_head: bool = True) -> tuple[Any, Any]:
-    """Model and processor; images may be as small as 2 x 2 image tokens."""
-    processor = tiny.build_tiny_processor(latent_tokens=learned_tokens(number), family=family, max_pixels=112 * 112)
+    """Model and processor."""
+    processor = lavit_processor(family, number)
     stock = tiny.build_tiny_stock_model(tiny.tiny_config(family, None, processor.tokenizer), 0)
     config_class, model_class = LATENT_CLASSES[family]
     config = config_class.from_stock(
