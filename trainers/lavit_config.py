@@ -20,6 +20,7 @@ from .sensory_gate import gate_gamma
 VISIBILITIES = ("gate", "bottleneck", "none", "reference")
 VISIBILITY_OF_STAGE = {0: "gate", 1: "bottleneck", 2: "none"}
 ATTENTION_PREDICTORS = ("head", "attention")
+ATTENTION_LATENTS = ("last", "all")
 ATTENTION_KEYS = ("image", "reference")
 ATTENTION_TARGETS = ("normalised", "reference")
 
@@ -72,6 +73,13 @@ class LavitSFTConfig(LatentSFTConfig):
         metadata={
             "help": "What predicts the teacher's attention: a 'head' on final states (published), or the model's own "
             "'attention' from the last learned token, mean over layers and heads (needs no activation checkpointing)."
+        },
+    )
+    attention_latents: str = field(
+        default="last",
+        metadata={
+            "help": "Which learned tokens predict it: the 'last' (published), or 'all', their losses summed (the "
+            "formula of the paper)."
         },
     )
     attention_keys: str = field(
@@ -136,6 +144,7 @@ class LavitSFTConfig(LatentSFTConfig):
             ("latent_form", ("learned", "none")),
             ("latent_visibility", VISIBILITIES),
             ("attention_predictor", ATTENTION_PREDICTORS),
+            ("attention_latents", ATTENTION_LATENTS),
             ("attention_keys", ATTENTION_KEYS),
             ("attention_target", ATTENTION_TARGETS),
             ("teacher_grid", TEACHER_GRIDS),

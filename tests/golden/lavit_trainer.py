@@ -181,6 +181,38 @@ def test_gradients_in_the_trainers_forward(case: dict) -> None:
         assert (gradient - want).abs().max().item() <= allowed("gradients") * scale, key
 
 
+# The recommended forms, on image tokens --------------------------------------------------------------------------
+
+# Value of the vectors to the options that give it; the student runs as in the case s0_b3.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "kl_head_normalised": {"attention_top_k": 0},
+    "kl_head_top3": {"attention_top_k": 3},
+    "kl_head_minmax": {"attention_target": "reference"},
+    "kl_attention_last_latent": {"attention_predictor": "attention", "attention_top_k": 0},
+    "kl_attention_sum_over_latents": {
+        "attention_predictor": "attention",
+        "attention_top_k": 0,
+        "attention_latents": "all",
+    },
+}
+PLAIN = [case for case in CASES if case["name"] == "s0_b3"]
+
+
+@each("variant", [name for name in VARIANTS if PLAIN and f"variant.{name}" in NAMES])
+def test_recommended_forms_in_the_trainers_forward(variant: str) -> None:
+    tensors, case = loss_tensors(), PLAIN[0]
+    model, target = golden_model(case), tensors["variant.in.target_minmax_merged_grid"]
+    common = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "latent_visibility": "none"}
+    args = LavitSFTConfig(output_dir="unused", **common, **VARIANTS[variant])
+    objective = build_objective(args, model.config)
+    batch = {**batch_of(case), "attention_target": target}
+    batch["attention_length"] = torch.full((len(target),), target.shape[1])
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_latent_loss(model, objective)
+    loss = model(**batch, fused_lm_head=True).auxiliary_losses[0]
+    assert abs(loss.item() - tensors[f"variant.{variant}"].item()) <= allowed("losses")
+
+
 @each("case", MASK_CASES, ids=lambda case: case["name"])
 def test_allowed_pairs(case: dict) -> None:
     """Markers of the published function as image and learned tokens of ours."""

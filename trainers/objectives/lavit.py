@@ -105,6 +105,13 @@ class LavitObjective(LatentObjective):
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         return torch.where(self._learned(input_ids), places, -1).amax(dim=1)
 
+    def _queries(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """`(batch, n)` places of the learned tokens that predict the teacher's attention."""
+        if self.args.attention_latents == "last":
+            return self._anchor(input_ids).unsqueeze(1)
+        learned = self._learned(input_ids)
+        return (~learned).long().argsort(dim=1, stable=True)[:, : int(learned.sum(dim=1).amax())]
+
     def ce_labels(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.LongTensor:
         return labels
 
@@ -149,8 +156,7 @@ class LavitObjective(LatentObjective):
         with ExitStack() as stack:
             stack.enter_context(visible_attention(model, self.rules(ids, model.training)))
             if self.args.uses_attention and self.args.attention_predictor == "attention":
-                rows = self._anchor(ids).unsqueeze(1)
-                found["captured"] = stack.enter_context(capture_attention_rows(model, rows))
+                found["captured"] = stack.enter_context(capture_attention_rows(model, self._queries(ids)))
             yield found
 
     # --- losses ---
@@ -166,28 +172,32 @@ class LavitObjective(LatentObjective):
             sums["concept_cosine"] = (concept.cosine_sum, concept.count)
         auxiliary = ()
         if args.uses_attention:
-            attention = self._attention(model, hidden_states, states, inputs)
-            auxiliary = ((attention.loss, attention.count),)
+            attention, latents = self._attention(model, hidden_states, inputs)
+            auxiliary = ((attention.loss * latents, attention.count / latents),)
             sums["attention_overlap"] = (attention.overlap_sum, attention.count)
             sums["attention_entropy"] = (attention.entropy_sum, attention.count)
         return LatentLoss(loss, sums, count, auxiliary)
 
     def _attention(
-        self, model: PreTrainedModel, hidden_states: torch.Tensor, states: torch.Tensor, inputs: dict[str, Any]
-    ) -> AttentionAlignment:
+        self, model: PreTrainedModel, hidden_states: torch.Tensor, inputs: dict[str, Any]
+    ) -> tuple[AttentionAlignment, int]:
+        """The loss over all pairs of a sample and a learned token, and how many tokens a sample has."""
         ids, target, lengths = inputs["input_ids"], inputs["attention_target"], inputs["attention_length"]
-        options = self.args.attention_options()
+        queries = self._queries(ids)
+        latents = queries.shape[1]
+        states = hidden_states.gather(1, queries.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
         if self.args.attention_keys == "reference":
             keys, mask = first_positions_keys(hidden_states, lengths)
-            return attention_alignment_loss(model.attention_head(states, keys), target, mask, options)
-        places, mask = image_places(ids == self.image_id, lengths, target.shape[1])
-        if self.args.attention_predictor == "attention":
-            weights = inputs["captured"].mean()[:, 0].gather(1, places)
-            scores = attention_log_scores(weights, mask)
         else:
+            places, mask = image_places(ids == self.image_id, lengths, target.shape[1])
             keys = hidden_states.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
-            scores = model.attention_head(states, keys)
-        return attention_alignment_loss(scores, target, mask, options)
+        target, mask = (each.repeat_interleave(latents, dim=0) for each in (target, mask))
+        if self.args.attention_predictor == "attention":
+            weights = inputs["captured"].mean().gather(2, places.unsqueeze(1).expand(-1, latents, -1))
+            scores = attention_log_scores(weights.flatten(0, 1), mask)
+        else:
+            scores = model.attention_head(states.flatten(0, 1), keys.repeat_interleave(latents, dim=0))
+        return attention_alignment_loss(scores, target, mask, self.args.attention_options()), latents
 
 
 def image_places(
