@@ -19,10 +19,12 @@ Deviations from the published builder, on purpose: samples are batched; concept 
 the teacher's grid and a fingerprint of the image are kept; every sample that is left out is counted with its reason.
 """
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
@@ -38,8 +40,19 @@ _LONG = timedelta(days=30)  # processes wait for the slowest one
 
 
 def teacher_processes() -> PartialState:
-    """This process among those of the run; they wait for each other as long as an extraction may take."""
-    return PartialState(timeout=_LONG)
+    """This process among those of the run; they wait for each other as long as an extraction may take.
+
+    Raises:
+        RuntimeError: the launcher started several processes that do not know of each other: each would do everything.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONG)
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != state.num_processes:
+        raise RuntimeError(
+            f"the launcher started {started} processes, accelerate knows {state.num_processes}: call "
+            "teacher_processes() before anything else makes an accelerate state"
+        )
+    return state
 
 
 def extract_teacher(

@@ -286,6 +286,14 @@ def test_a_table_gives_what_the_list_of_its_records_gives(extract: Extract, tmp_
     assert json.loads((tmp_path / "list" / "shard-00000.json").read_text())["rows"][0]["image"] == "pictures/0.png"
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    extract: Extract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="the launcher started 2 processes, accelerate knows 1"):
+        extract(teacher_records(1))
+
+
 # The published layout -----------------------------------------------------------------------------------------------
 
 
