@@ -62,8 +62,16 @@ LAVIT_ARGUMENTS: tuple[PublishedArgument, ...] = (
         "loss_scale_traj", LAVIT, "attention_loss_weight",
         "weight of the attention loss (published default: 1.0); not read without the head", _loss_scale_traj,
     ),
-    PublishedArgument("training_stage", LAVIT, "training_stage", "0, 1, 2", _training_stage),
-    renamed("bottleneck_block_prompt", LAVIT, "block_prompt", "whether prompt rows behind the image lose it, too"),
+    PublishedArgument(
+        "training_stage", LAVIT, "training_stage",
+        "0: the gate (published: nothing is hidden, here `latent_visibility: none`), 1: the bottleneck (published: "
+        "a mask that hides nothing, `latent_visibility: reference`), 2: nothing is hidden",
+        _training_stage,
+    ),
+    renamed(
+        "bottleneck_block_prompt", LAVIT, "block_prompt",
+        "whether question rows lose the image, too (published default: true, which also holds here without the gate)",
+    ),
     # optimisation
     same("learning_rate", LAVIT, "peak rate"),
     same("lr_scheduler_type", LAVIT, "schedule; linear, as published"),
