@@ -434,7 +434,11 @@ class LatentGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        first = bool(kwargs.get("is_first_iteration"))
+        first, call = bool(kwargs.get("is_first_iteration")), _CALL.get()
+        positions = kwargs.get("position_ids")
+        if call is not None and call.hidden_slots is not None and positions is not None:
+            if positions.shape[-1] > call.hidden_slots.shape[1]:  # drafts of assisted decoding stand behind the prompt
+                kwargs["position_ids"] = positions_behind(positions, call.hidden_slots)
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if kwargs.get("latent_plan") is not None:  # it makes the masks of its segments itself
             model_inputs["attention_mask"] = kwargs.get("attention_mask")

@@ -49,22 +49,19 @@ for _option in (
 
 
 def lay_out(model: nn.Module, model_kwargs: dict, options: LatentOptions) -> dict:
-    """Extend the prompts by the learned tokens, fed by their embeddings. A prompt that ends with some keeps them.
+    """Extend the prompts by the learned tokens, fed by their embeddings. A prompt that ends with the first of them, or
+    with all, keeps those.
 
     Raises:
-        ValueError: options that contradict each other, more tokens than the model has, or inputs without ids; names
-            option, value and remedy.
+        ValueError: options that contradict each other, more tokens than the model has, a prompt that ends with other
+            learned tokens, or inputs without ids; names row or option, value and remedy.
     """
     ids, values, learned = model_kwargs.get("input_ids"), options.values, model.config.latent_learned_token_ids
     if not values.force_latents:
-        for name in ("mask_latents", "num_latent_steps"):
-            if name in options.given and getattr(values, name) not in (False, None):
-                raise ValueError(
-                    f"{name}={getattr(values, name)!r} with force_latents=False: the model may write its learned "
-                    f"tokens or not; leave force_latents out, or {name}"
-                )
+        _refuse_for_free_tokens(options)
         return model_kwargs
-    if ids is None or model_kwargs.get("position_ids") is not None or model_kwargs.get("latent_embeds") is not None:
+    names = ("inputs_embeds", "position_ids", "latent_embeds")
+    if ids is None or any(model_kwargs.get(name) is not None for name in names):
         raise ValueError(
             f"latent_strategy={options.strategy.name!r} lays learned tokens out behind input_ids; pass input_ids, and "
             "leave inputs_embeds, position_ids and latent_embeds out"
@@ -72,12 +69,17 @@ def lay_out(model: nn.Module, model_kwargs: dict, options: LatentOptions) -> dic
     mask = mask_of_prompts(model, ids, model_kwargs.get("attention_mask"))
     tails = _tails(options, len(ids), learned)
     rows = []
-    for tokens, kept, tail in zip(ids.tolist(), mask.tolist(), tails, strict=True):
+    for row, (tokens, kept, tail) in enumerate(zip(ids.tolist(), mask.tolist(), tails, strict=True)):
         tokens = [token for token, keep in zip(tokens, kept, strict=True) if keep]
-        rows.append(tokens if tail and tokens[-len(tail) :] == tail else tokens + tail)
+        rows.append(tokens + tail[_standing(row, tokens, tail, learned) :])
     pad = model.generation_config.pad_token_id
     changed = {**model_kwargs, **pad_rows(rows, ids, mask, model_kwargs, 0 if pad is None else pad)}
-    length = changed["input_ids"].shape[1]
+    length, cache = changed["input_ids"].shape[1], model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() and not changed["input_ids"][:, : ids.shape[1]].equal(ids):
+        raise ValueError(
+            "past_key_values holds prompts whose padding changes when learned tokens are laid out; pad them on the "
+            "left and lay out one number of tokens for all rows, or leave past_key_values out"
+        )
     counts = torch.tensor([len(tail) for tail in tails], device=ids.device)
     latents = torch.arange(length, device=ids.device) >= length - counts.unsqueeze(1)
     embeds = model.get_input_embeddings()(changed["input_ids"])
@@ -85,6 +87,30 @@ def lay_out(model: nn.Module, model_kwargs: dict, options: LatentOptions) -> dic
     if values.mask_latents == "padding":
         changed["attention_mask"] = changed["attention_mask"].masked_fill(latents, 0)
     return changed
+
+
+def _refuse_for_free_tokens(options: LatentOptions) -> None:
+    """Refuse what needs tokens that are laid out, when the model writes them itself, if it does."""
+    values = options.values
+    for name in ("mask_latents", "num_latent_steps", "latent_noise", "latent_hook"):
+        asked = name != "num_latent_steps" or name in options.given  # a number may be the default of the model
+        if asked and getattr(values, name) not in (False, None, 0):
+            raise ValueError(
+                f"{name}={getattr(values, name)!r} with force_latents=False: the model may write its learned tokens "
+                f"or not, and they are text; leave force_latents out, or {name}"
+            )
+
+
+def _standing(row: int, tokens: list[int], tail: list[int], learned: list[int]) -> int:
+    """How many tokens of the tail stand at the end of a prompt already."""
+    number = next((index for index, token in enumerate(reversed(tokens)) if token not in learned), len(tokens))
+    ending = tokens[len(tokens) - number :]
+    if ending != tail[:number]:
+        raise ValueError(
+            f"the prompt of row {row} ends with the learned tokens {ending}, and {tail} are to be laid out; end it "
+            "with the first of these, with all, or with none"
+        )
+    return number
 
 
 def _tails(options: LatentOptions, num_rows: int, learned: list[int]) -> list[list[int]]:

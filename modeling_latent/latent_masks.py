@@ -166,7 +166,7 @@ def _implementation(base: str) -> str:
         ValueError: an implementation without dense masks, or not in the attention interface.
     """
     check_visibility(base)
-    name = base if base.endswith(_SUFFIX) else base + _SUFFIX
+    name = base if _SUFFIX in base else base + _SUFFIX  # a capture inside a context keeps its masks
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
     kernel = None if base == "eager" else ALL_ATTENTION_FUNCTIONS.get(base)

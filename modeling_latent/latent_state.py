@@ -262,7 +262,7 @@ class LatentState:
     def observe(self, outputs: Any) -> None:
         """Keep what a forward returned; record outputs at slots for the trace."""
         self._states, self._hidden, self._logits = outputs.latent_states, outputs.last_hidden_state, outputs.logits
-        if self.kept_of_prompt and not self.prompt_record and self.length == self.prompt_length:
+        if self.length == self.prompt_length and not self.prompt_record and self.kept_of_prompt:
             self._record_prompt()
         if self.strategy.reads_before:  # copies: a compiled forward may write the next states into the same memory
             self._earlier_states, self._last_states = self._last_states, (self.length, self._states.clone())
@@ -273,19 +273,27 @@ class LatentState:
                     self.outputs[position] = self._hidden[:, position - self.length]
 
     def _record_prompt(self) -> None:
-        """What the learned tokens of the prompts returned and would have said, where the prefill kept it."""
+        """What the learned tokens of the prompts returned and would have said (-1: unknown), where the prefill kept
+        it: assisted decoding and a chunked prefill may keep less."""
         mask, kept, topk = self.prompt_latents[1], self._hidden.shape[1], self.options.values.latent_topk
         rows, first = slice(None, None, self._hidden.shape[0] // len(mask)), mask.shape[1] - kept
         hidden, logits = self._hidden[rows], self._logits[rows].float()
         outputs = torch.zeros(*mask.shape, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
         outputs[:, first:] = hidden
-        said = torch.zeros_like(mask, dtype=torch.long)
+        known = torch.arange(mask.shape[1], device=hidden.device) >= first
+        said = torch.full_like(mask, -1, dtype=torch.long)
         said[:, first + 1 :] = logits[:, :-1].argmax(-1)
         ids, probs = said.new_full((*mask.shape, topk), -1), logits.new_zeros(*mask.shape, topk)
         if topk:
             best = logits[:, :-1].softmax(-1).topk(min(topk, logits.shape[-1]), dim=-1)
             ids[:, first + 1 :], probs[:, first + 1 :] = best.indices, best.values
-        self.prompt_record = {"outputs": outputs, "said": said, "ids": ids, "probs": probs}
+        self.prompt_record = {
+            "outputs": outputs,
+            "known": known.expand_as(mask),
+            "said": said,
+            "ids": ids,
+            "probs": probs,
+        }
 
     def advance(self, input_ids: torch.LongTensor, stopped: torch.BoolTensor) -> None:
         """After a step: rows `(R,)` that a stopping rule ended open no span any more; which rows go on inside one?
@@ -480,11 +488,14 @@ class LatentState:
         self.records[position] = _Record(step.is_slot, closing, fired, step.said, step.latent, ids, probs)
 
     def suppress(self, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """No row writes or says an id that would be read as a latent; with `off` no span opens either."""
+        """No row writes or says an id that would be read as a latent; with `off` no span opens either, and no learned
+        token is written."""
         if self.readable_ids:
             return scores
         if self._banned is None:
             banned = [self.slot_id, self.patch_id, None if self.strategy.opens_span else self.start_id]
+            if self.strategy.tokens != "learned":
+                banned += self.config.latent_learned_token_ids or []
             self._banned = torch.tensor(
                 [token for token in banned if token not in (None, _NO_TOKEN)], dtype=torch.long, device=scores.device
             )
@@ -532,7 +543,7 @@ class LatentState:
         reasons: dict[tuple[int, int], str] = {}
         if self.prompt_latents is not None:
             self._pack_prompt(packed, sequences)
-            if self.prompt_record:
+            if self.prompt_record or self.strategy.tokens == "learned":
                 for row, position in packed["index"][0].tolist():
                     reasons[(row, position + 1)] = "num_latent_steps"
         for position in sorted(self.records):
@@ -569,8 +580,12 @@ class LatentState:
         packed["index"].append(index)
         packed["inputs"].append(vectors)
         packed["outputs"].append(record["outputs"][source] if record else torch.zeros_like(vectors))
-        packed["known"].append(torch.full_like(index[:, 0], bool(record), dtype=torch.bool))
-        packed["said"].append(record["said"][source] if record else sequences[index[:, 0], index[:, 1]])
+        known = record["known"][source] if "known" in record else torch.full_like(index[:, 0], bool(record)).bool()
+        said = sequences[index[:, 0], index[:, 1]]
+        if record:
+            said = torch.where(record["said"][source] < 0, said, record["said"][source])
+        packed["known"].append(known)
+        packed["said"].append(said)
         packed["ids"].append(record["ids"][source] if record else sequences.new_full((len(index), topk), -1))
         packed["probs"].append(
             record["probs"][source] if record else torch.zeros(len(index), topk, device=sequences.device)

@@ -49,7 +49,7 @@ class LatentTrace:
         slot_inputs: `(N, H)` vector that entered the first layer at the slot (after noise and trace hook).
         slot_outputs: `(N, H)` final-norm hidden state at the slot.
         has_output: `(N,)` false where the output is unknown: a slot that decoding ended on (written but never fed), or
-            one that stood in the prompt.
+            one that stood in the prompt (of learned tokens also what assisted decoding and chunks do not keep).
         readable_ids: `(N,)` id that the slot would have said; for a slot of the prompt its own id.
         topk_ids: `(N, k)` ids of the LM head's distribution at the position before the slot, best first; -1 for a slot
             of the prompt.
@@ -57,7 +57,8 @@ class LatentTrace:
         spans: table of spans.
         position_ids: `(C, B, T)` positions as fed, the last three channels temporal, height and width for mrope, or
             `(B, T)` where a family has plain positions.
-        attention_mask: `(B, prompt_length)` of the prompt, `None` when there was no padding.
+        attention_mask: `(B, prompt_length)` of the prompt, `None` when there was no padding. Behind the padding it is
+            zero where learned tokens count as padding (`mask_latents="padding"`).
         extras: further tensors with one row per slot that a strategy recorded: `patch_column` `(N,)`, at an inserted
             image embedding the position of the image token that it copies, -1 at a slot.
         info: strategy, options and token ids of the call.
@@ -127,7 +128,8 @@ class LatentTrace:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a trace with {len(self)} rows")
-        pad = 0 if self.attention_mask is None else int((self.attention_mask[index] == 0).sum())
+        mask = None if self.attention_mask is None else self.attention_mask[index : index + 1]
+        pad = 0 if mask is None else int((mask.cumsum(dim=1) == 0).sum())
         keep = self.slot_index[:, 0] == index
         shift = torch.tensor([index, pad], device=self.slot_index.device)
         packed = {name: getattr(self, name)[keep] for name in _PACKED}
@@ -144,7 +146,7 @@ class LatentTrace:
             prompt_length=self.prompt_length - pad,
             spans=spans,
             position_ids=None if self.position_ids is None else self.position_ids[..., index : index + 1, pad:],
-            attention_mask=None,
+            attention_mask=None if mask is None or bool(mask[:, pad:].all()) else mask[:, pad:],
             extras={
                 name: value[keep] if name not in _POSITIONS else torch.where(value[keep] < 0, -1, value[keep] - pad)
                 for name, value in self.extras.items()
