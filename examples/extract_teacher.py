@@ -28,7 +28,7 @@ from trainers.data.viscot import BAD_BOXES, LAYOUTS, read_viscot
 from trainers.model_loading import set_pixels
 from trainers.published_arguments import PublishedParser
 from trainers.scripts import load_table
-from trainers.teacher_store import read_index
+from trainers.teacher_store import describe_teacher_folder
 from trainers.teachers import TeacherConfig, extract_teacher, teacher_processes
 
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, processor = load_teacher(args)
     folder = extract_teacher(config, model.to(state.device).eval(), processor, records, image_root=image_root(args))
     if state.is_main_process:
-        print(f"{describe(folder)}\nsaved to {folder}")
+        print(f"{describe_teacher_folder(folder)}\nsaved to {folder}")
 
 
 def image_root(args: ExtractionArguments) -> str | None:
@@ -106,15 +106,6 @@ def load_teacher(args: ExtractionArguments) -> tuple[PreTrainedModel, ProcessorM
         processor = latent_processor_class(stock.model_type).from_pretrained(name, revision=revision)
     set_pixels(processor, args.min_pixels, args.max_pixels)
     return model, processor
-
-
-def describe(folder: Path) -> str:
-    """What became of the records, as text."""
-    index = read_index(folder)
-    counts, total = index["counts"], index["num_records"]
-    lines = [f"{counts['accepted']} of {total} samples accepted ({counts['accepted'] / max(total, 1):.1%})"]
-    lines += [f"  rejected: {count} ({reason})" for reason, count in counts["rejected"].items()]
-    return "\n".join([*lines, *([f"  bad rows: {counts['bad']}"] if counts["bad"] else [])])
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ class LatentModelConfig(ModelConfig):
     )
     concept_head_size: int | None = field(
         default=None,
-        metadata={"help": "Width of the teacher of a stock checkpoint made latent (LaViT); default: as the checkpoint."},
+        metadata={
+            "help": "Width of the teacher of a stock checkpoint made latent (LaViT); default: as the checkpoint."
+        },
     )
     attention_head: bool | None = field(
         default=None,

@@ -266,6 +266,15 @@ def iter_rows(folder: str | os.PathLike) -> Iterator[tuple[Path, dict[str, Any]]
             yield path.with_suffix(".safetensors"), row
 
 
+def describe_teacher_folder(folder: str | os.PathLike) -> str:
+    """What became of the records of a complete folder, as text: accepted, rejected by reason, bad rows."""
+    index = read_index(folder)
+    counts, total = index["counts"], index["num_records"]
+    lines = [f"{counts['accepted']} of {total} samples accepted ({counts['accepted'] / max(total, 1):.1%})"]
+    lines += [f"  rejected: {count} ({reason})" for reason, count in counts["rejected"].items()]
+    return "\n".join([*lines, *([f"  bad rows: {counts['bad']}"] if counts["bad"] else [])])
+
+
 def load_teacher_dataset(
     folder: str | os.PathLike, *, image_root: str | os.PathLike | None = None, decode: bool = False
 ) -> Dataset:
@@ -322,6 +331,7 @@ __all__ = [
     "BAD",
     "StorePlan",
     "TeacherStore",
+    "describe_teacher_folder",
     "image_bytes",
     "image_path",
     "iter_rows",

@@ -151,7 +151,8 @@ def test_a_recipe_says_what_it_would_do(name: str, dry_runs: dict[str, Any]) -> 
     model = start_of(ROOT / name, dry_runs["made"]) or values.get("model_name_or_path")
     totals = {**TOTALS, **STAGED_TOTALS}
     if model in totals:
-        assert f"parameters  {totals[model]:,} in all" in report or values.get("use_peft")
+        has_more = values.get("use_peft") or values["latent_method"] == "lavit"  # counted by the tests below
+        assert f"parameters  {totals[model]:,} in all" in report or has_more
         assert f", from {model}" in report
     if values["max_steps"] > 0:
         assert f"steps       {values['max_steps']:,} (" in report
@@ -169,6 +170,10 @@ def check_first_batch(report: str, values: dict[str, Any]) -> None:
     if method in ("laser", "lvr"):
         start = {"laser": "<|laser_start|>", "lvr": "<|lvr_start|>"}[method]
         assert "latent loss   | " in report and f"cross entropy | {start}" in report
+        return
+    if method == "lavit":
+        block = "<lvr1><lvr2><lvr3><lvr4> " if values.get("latent_form", "learned") == "learned" else r"\n"
+        assert f"cross entropy | {block}" in report.replace("\\n", r"\n") and "latent loss   | " not in report
         return
     last = values.get("num_stages", 10) - 1 if mode == "latent" else 0  # without an end: 50 epochs of 5 a stage
     assert f"stage {last}: steps " in report and f"stage {last + 1}: steps " not in report
@@ -193,6 +198,16 @@ def test_the_adapters_of_ivtlr_have_the_published_size(dry_runs: dict[str, Any])
                 assert f"parameters  {STAGED_TOTALS[QWEN2_VL] + trained:,} in all" in report
     assert f"from {QWEN2_VL}" in dry_runs["reports"]["hub_configs/ivtlr-qwen2vl-m3cot/sft.yaml"]
     assert f"from {CHAMELEON}" in dry_runs["reports"]["hub_configs/ivtlr-chameleon-m3cot/sft.yaml"]
+
+
+def test_the_heads_of_lavit_have_the_published_size(dry_runs: dict[str, Any]) -> None:
+    """Two layers to the width of the teacher, and a query (card 3); the baseline without latents has neither."""
+    heads = (2048 * 2048 + 2048) + (2048 * 5120 + 5120) + (2048 * 2048 + 2048)
+    for name in ("sft", "single_stage", "stage1"):  # the second stage has those of its checkpoint
+        report = dry_runs["reports"][f"hub_configs/lavit-3b/{name}.yaml"]
+        assert f"latent head      {heads:>15,}  trainable" in report
+        assert f"parameters  {TOTALS['Qwen/Qwen2.5-VL-3B-Instruct'] + heads:,} in all" in report
+    assert "latent head" not in dry_runs["reports"]["hub_configs/lavit-3b/textonly.yaml"]
 
 
 def test_the_totals_of_the_published_models(dry_runs: dict[str, Any]) -> None:
