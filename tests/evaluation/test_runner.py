@@ -130,8 +130,7 @@ def test_learned_tokens_behind_the_prompt_are_latent_steps_and_no_text(
         assert record["question"][:6] not in prediction.latent_path
 
 
-@pytest.mark.parametrize("latent_strategy", ["learned", "off"])
-def test_learned_tokens_that_the_model_writes_are_counted(latent_strategy: str, records: list[Record]) -> None:
+def test_learned_tokens_that_the_model_writes_are_counted(records: list[Record]) -> None:
     model, processor = learned_parts()
     learned, end = processor.latent_learned_token_ids, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     (word,) = processor.tokenizer.encode("dog", add_special_tokens=False)[:1]
@@ -140,8 +139,7 @@ def test_learned_tokens_that_the_model_writes_are_counted(latent_strategy: str, 
         [word, end, end, end, end, end, end],
         [word, *learned[:2], word, end, end, end],
     ]
-    options: dict[str, Any] = {"latent_strategy": latent_strategy, "max_new_tokens": 7}
-    options |= {"force_latents": False} if latent_strategy == "learned" else {}
+    options: dict[str, Any] = {"latent_strategy": "learned", "force_latents": False, "max_new_tokens": 7}
     chosen = sorted((record for record in records if record["images"]), key=lambda record: len(record["question"]))[:3]
     found = [predict(model, processor, [each], logits_processor=[Say([row])], **options)[0]
              for each, row in zip(chosen, rows, strict=True)]  # fmt: skip
@@ -153,6 +151,9 @@ def test_learned_tokens_that_the_model_writes_are_counted(latent_strategy: str, 
     assert found[0].raw == "".join(names) + f"{said}<|im_end|>" and found[1].raw == f"{said}<|im_end|>"
     assert found[0].latent_path == f"⟨{'·'.join(names)}⟩{said}".strip() and "⟨" not in found[1].latent_path
     assert f"⟨{'·'.join(names[:2])}⟩" in found[2].latent_path
+    off = {"latent_strategy": "off", "max_new_tokens": 7, "logits_processor": [Say([rows[0]])]}
+    (without,) = predict(model, processor, chosen[:1], **off)
+    assert without.num_latent_steps == 0 and "<lvr" not in without.raw, "no latents: other words in their place"
 
 
 def test_learned_tokens_of_a_stock_model(records: list[Record]) -> None:
