@@ -30,6 +30,7 @@ for _part in (
     "lavit_answers",
     "lavit_builder",
     "lavit_data",
+    "lavit_decoding",
     "lavit_losses",
     "lavit_teacher",
     "lavit_trainer",

@@ -40,14 +40,15 @@ def learned_ids() -> list[int]:
     return loss_tensors()["probe.lvr_ids"].tolist()
 
 
-def golden_model(case: dict) -> LatentQwen2_5_VLForConditionalGeneration:
-    """The student of a case in the library's class, with both heads, or one."""
+def golden_model(case: dict, learned: list[int] | None = None) -> LatentQwen2_5_VLForConditionalGeneration:
+    """The student of a case in the library's class, with both heads, or one; `learned` token ids, by default those of
+    the losses' file."""
     stock = Qwen2_5_VLConfig(**golden_config())
     config_class = LatentQwen2_5_VLForConditionalGeneration.config_class
     config = config_class.from_stock(
         stock,
         method="lavit",
-        latent_learned_token_ids=learned_ids(),
+        latent_learned_token_ids=learned or learned_ids(),
         concept_head_size=golden_config()["v_top_dim"],
         attention_head=case["use_trajectory_supervision"],
     )

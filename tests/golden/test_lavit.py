@@ -8,7 +8,9 @@ reads `FOLDER/lavit`; a file that the set lacks yields no test. The tests are in
 
 from tests.golden.lavit_adapters import *  # noqa: F403
 from tests.golden.lavit_answers import *  # noqa: F403
+from tests.golden.lavit_builder import *  # noqa: F403
 from tests.golden.lavit_data import *  # noqa: F403
+from tests.golden.lavit_decoding import *  # noqa: F403
 from tests.golden.lavit_losses import *  # noqa: F403
 from tests.golden.lavit_teacher import *  # noqa: F403
 from tests.golden.lavit_trainer import *  # noqa: F403
