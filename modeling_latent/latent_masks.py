@@ -81,7 +81,7 @@ def image_visibility(
     queries = (places > last) & has_latents
     if block_prompt:
         queries = queries | ((places > last_image) & (places < first) & has_latents)
-    return Visibility(queries, images, bias)
+    return Visibility(queries, images & has_latents, bias)  # what is decoded behind a row without latents looks, too
 
 
 def hidden_positions(positions: torch.BoolTensor) -> Visibility:
