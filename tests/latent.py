@@ -30,7 +30,8 @@ def _latent_model(seed: int, tie_word_embeddings: bool | None, family: str, fiel
     config = config_class.from_stock(stock.config, **{**latent_token_ids(family), **json.loads(fields)})
     model = model_class(config)
     missing, unexpected = model.load_state_dict(named_as_latent(stock), strict=False)
-    assert not unexpected and all(name.startswith(("latent_head.", "latent_stop_vector.")) for name in missing)
+    drawn = ("latent_head.", "latent_stop_vector.", "concept_head.", "attention_head.")
+    assert not unexpected and all(name.startswith(drawn) for name in missing)
     model.generation_config = copy.deepcopy(stock.generation_config)
     return model.eval()
 
