@@ -14,12 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 from huggingface_hub import InferenceClient, constants
 
-from .data.answers import UNKNOWN, extract_answer, extract_yes_no, score_letter
+from .data.answers import (
+    UNKNOWN,
+    answer_number,
+    answer_words,
+    extract_answer,
+    extract_yes_no,
+    score_letter,
+)
 from .data.answers_lavit import extract_final_answer, judge_verdict
 from .data.answers_staged import extract_coconut
 from .data.boxes import checked_option
@@ -116,9 +122,11 @@ class MatchJudge:
             return _right_option(answer, gold, record["choices"])
         if gold.lower().strip(".") in ("yes", "no"):
             return extract_yes_no(answer) == extract_yes_no(gold) != UNKNOWN
-        words, wanted = _words(answer), _words(gold)
-        numbers = _number(answer), _number(gold)
-        if words == wanted or None not in numbers and numbers[0] == numbers[1]:
+        words, wanted = answer_words(answer), answer_words(gold)
+        numbers = answer_number(answer), answer_number(gold)
+        if None not in numbers:  # not by words, which have no sign
+            return numbers[0] == numbers[1]
+        if words == wanted:
             return bool(wanted)
         starts = range(len(words) - len(wanted) + 1) if self.match == "contained" and wanted else ()
         return any(words[i : i + len(wanted)] == wanted for i in starts)
@@ -126,22 +134,12 @@ class MatchJudge:
 
 def _right_option(answer: str, gold: str, choices: Sequence[str]) -> bool:
     letters = string.ascii_uppercase[: len(choices)]
-    same = [letters[i] for i, choice in enumerate(choices) if _words(choice) == _words(gold)]
+    same = [letters[i] for i, choice in enumerate(choices) if answer_words(choice) == answer_words(gold)]
     label = same[0] if len(same) == 1 else gold
     try:
         return score_letter(answer, label, choices=choices)
     except ValueError:  # the record's answer is neither a letter nor one of the options
-        return _words(answer) == _words(gold) != []
-
-
-def _words(text: str) -> list[str]:
-    words = [word.strip(string.punctuation) for word in text.casefold().split()]
-    return [word for word in words if word and word not in ("a", "an", "the")]
-
-
-def _number(text: str) -> Fraction | None:
-    text = text.strip().rstrip(".").replace(",", "")
-    return Fraction(text) if re.fullmatch(r"[+-]?\d+(\.\d+)?", text) else None
+        return answer_words(answer) == answer_words(gold) != []
 
 
 # By a chat model ----------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def right(answer: str, gold: str, choices: list[str] | None = None, match: str =
         ("7.0", "7", True),
         ("1,200", "1200", True),
         ("8", "7", False),
+        ("-7", "7", False),
         ("No, it is not", "No", True),
         ("There is none", "No", False),
         ("", "blue", False),

@@ -13,6 +13,7 @@ Nothing found is `""` (letters) or `UNKNOWN` (yes/no) in both modes, so that a c
 import re
 import string
 from collections.abc import Sequence
+from fractions import Fraction
 
 STRICT, LASER = "strict", "laser"
 UNKNOWN = -1
@@ -319,6 +320,21 @@ def score_choice_relaxed(response: str, label: str) -> bool:
 def _relaxed_choice(text: str) -> str:
     fallback = _first_alphanumeric(text)
     return _standalone_letter(text) or (fallback if fallback in "ABCD" else "")
+
+
+# Short texts
+
+
+def answer_words(text: str) -> list[str]:
+    """The words of a short answer without case, punctuation at their ends, and articles."""
+    words = [word.strip(string.punctuation) for word in text.casefold().split()]
+    return [word for word in words if word and word not in ("a", "an", "the")]
+
+
+def answer_number(text: str) -> Fraction | None:
+    """The number that a short answer is (`"7"`, `"-1,200.50"`, `"3."`), None when it is anything else."""
+    text = text.strip().rstrip(".").replace(",", "")
+    return Fraction(text) if re.fullmatch(r"[+-]?\d+(\.\d+)?", text) else None
 
 
 # The published scorer of LVR ("Latent Visual Reasoning", arXiv 2509.24251; card section 7)
