@@ -145,7 +145,7 @@ def edit_latents(model: nn.Module, state: LatentState, input_ids: torch.LongTens
     counts = latents.long().cumsum(dim=1)
     for position in latents.any(dim=0).nonzero()[:, 0].tolist():
         here = latents[:, position]
-        vectors = state.with_noise(embeds[:, position], here)
+        vectors = state.with_noise(embeds[:, position].clone(), here)  # a hook may keep what it sees
         if values.latent_hook is not None:
             scores = model.head_logits(vectors)
             seen = LatentStep(
