@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from huggingface_hub import InferenceClient, constants
+from huggingface_hub import constants
 
 from .data.answers import (
     UNKNOWN,
@@ -29,6 +29,7 @@ from .data.answers import (
 from .data.answers_lavit import extract_final_answer, judge_verdict
 from .data.answers_staged import extract_coconut
 from .data.boxes import checked_option
+from .data.chat_client import HUB_ROUTER, ChatClient, ChatError, Judgement, chat_endpoint, with_retries
 from .data.mazes import maze_of_record, score_plan
 from .data.records import Record
 
@@ -40,7 +41,6 @@ PARSES = ("strict", "reference")
 FAILURES = ("error", "reject")
 FINAL_ANSWERS = ("auto", "published", "staged", "tagged", "whole")
 STAGED_MARKER = "Therefore, the answer is"
-NO_KEY = "EMPTY"  # sent to a server that asks for none, so that a token of the Hub never goes there
 
 JUDGE_PROMPT = (
     "Compare an answer with the reference answer of a question about an image. Judge the meaning, not the wording.\n\n"
@@ -51,14 +51,6 @@ JUDGE_PROMPT = (
 
 class JudgeError(RuntimeError):
     """A judge that could not be asked, or whose verdict cannot be read, after all retries."""
-
-
-class Judgement(NamedTuple):
-    """What a judge says of one answer: right or wrong, None where it failed; its words; what failed."""
-
-    correct: bool | None
-    reply: str | None = None
-    error: str | None = None
 
 
 class Judge(Protocol):
@@ -162,8 +154,11 @@ class ChatJudge:
         prompt: with `{question}`, `{reference}` and `{answer}`.
         wait: seconds before the first retry; twice as long before each further one.
 
+    Errors that cannot pass (a wrong key, an unknown model) are not asked again.
+
     Raises:
-        ValueError: an unknown option, a number out of its range, no key for the Hub, or offline mode.
+        ValueError: an unknown option, a number out of its range, no key for the Hub, the Hub in offline mode, or a
+            token of the Hub for another server.
     """
 
     def __init__(
@@ -194,16 +189,17 @@ class ChatJudge:
                 "judge='chat' without judge_url asks the inference providers of the Hub, which need a key: name the "
                 "environment variable that holds it (judge_key_env), or give the judge_url of your server"
             )
+        if url is None and constants.is_offline_mode():
+            raise ValueError(
+                "judge='chat' with HF_HUB_OFFLINE set asks nothing of the Hub: unset it, or give the judge_url of "
+                "your server"
+            )
         self.model, self.parse, self.failure, self.retries = model, parse, failure, retries
         self.workers, self.prompt, self.wait, self.sleep = workers, prompt, wait, sleep
         self.max_tokens = max_tokens
-        if constants.is_offline_mode():
-            raise ValueError(
-                "judge='chat' with HF_HUB_OFFLINE set: the client then sends no request at all, to a server of your "
-                "own neither; unset it"
-            )
-        place = {"base_url": url} if url is not None else {}
-        self.client = InferenceClient(**place, api_key=key or NO_KEY, timeout=timeout)
+        names = {"url_name": "judge_url", "key_name": "judge_key_env"}
+        endpoint = chat_endpoint(url or HUB_ROUTER, add_version=True)
+        self.client = ChatClient(endpoint, key, timeout=timeout, **names)
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str]) -> list[Judgement]:
         """One verdict for each answer.
@@ -218,22 +214,11 @@ class ChatJudge:
         if not answer.strip():
             return Judgement(False, None, None)  # nothing to ask about
         text = self.prompt.format(question=record["question"], reference=record["answer"], answer=answer)
-        problem, reply = "", None
-        for attempt in range(self.retries + 1):
-            if attempt:
-                self.sleep(self.wait * 2 ** (attempt - 1))
-            try:
-                reply = self._ask(text)
-                verdict = judge_verdict(reply, self.parse)
-            except Exception as error:  # whatever the client raises for a server that is away, slow or broken
-                problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                continue
-            if verdict is not None:
-                return Judgement(verdict, reply)
-            problem = f"its reply is neither YES nor NO: {reply!r:.80}"
-        problem = (
-            f"the judge {self.model!r} gave no verdict on record {record['id']!r} in {attempt + 1} tries; {problem}"
-        )
+        try:
+            return with_retries(lambda: self._ask(text), self.retries, self.wait, self.sleep)
+        except ChatError as error:
+            tries, reply, reason = error.tries, error.reply, " ".join(str(error).split())
+        problem = f"the judge {self.model!r} gave no verdict on record {record['id']!r} in {tries} tries; {reason}"
         if self.failure == "error":
             raise JudgeError(
                 f"{problem}; see to the server and start again (finished shards are kept), or choose "
@@ -242,10 +227,19 @@ class ChatJudge:
         logger.warning("%s: rejected", problem)
         return Judgement(None, reply, problem)
 
-    def _ask(self, text: str) -> str:
-        messages = [{"role": "user", "content": text}]
-        output = self.client.chat_completion(messages, model=self.model, temperature=0.0, max_tokens=self.max_tokens)
-        return output.choices[0].message.content or ""
+    def _ask(self, text: str) -> Judgement:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0.0,
+            "max_tokens": self.max_tokens,
+            "stream": False,
+        }
+        reply = self.client.complete(body).content or ""
+        verdict = judge_verdict(reply, self.parse)
+        if verdict is None:
+            raise ChatError(f"its reply is neither YES nor NO: {reply!r:.80}", again=True, reply=reply)
+        return Judgement(verdict, reply)
 
 
 def build_judge(

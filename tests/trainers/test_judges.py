@@ -1,18 +1,16 @@
 """Judges of a teacher's answers: final answers, comparison, and a chat model behind a server on this machine."""
 
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import huggingface_hub
 import pytest
 
+from tests.chat_server import ChatServer
+from trainers.data.chat_client import NO_KEY
 from trainers.data.maze_planning import Maze
 from trainers.data.mazes import maze_record
 from trainers.data.records import Record, make_record
-from trainers.judges import NO_KEY, ChatJudge, JudgeError, Judgement, MatchJudge, build_judge, final_answer
+from trainers.judges import ChatJudge, JudgeError, Judgement, MatchJudge, build_judge, final_answer
 
 # Final answers ------------------------------------------------------------------------------------------------------
 
@@ -97,74 +95,36 @@ def test_a_maze_is_judged_by_walking_it() -> None:
 # By a chat model ----------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """An endpoint of the OpenAI protocol; `replies` are given out in order, the last one for ever.
-
-    A reply is a text, or the status of an error.
-    """
-
-    def __init__(self) -> None:
-        self.replies: list[str | int] = ["YES"]
-        self.seen: list[dict[str, Any]] = []
-        lock, outer = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.seen.append({"path": self.path, "key": self.headers["Authorization"], **body})
-                    reply = outer.replies.pop(0) if len(outer.replies) > 1 else outer.replies[0]
-                content = reply
-                if reply == "echo":  # yes to those answers that say so
-                    content = "YES" if "Answer: right" in body["messages"][0]["content"] else "NO"
-                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-                answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                data = json.dumps(answer if isinstance(reply, str) else {"error": "broken"}).encode()
-                self.send_response(200 if isinstance(reply, str) else reply)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the one server is on this machine
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    made = Server()
+    made = ChatServer("YES")
     yield made
-    made.http.shutdown()
-    made.http.server_close()
+    made.close()
 
 
 def record(name: str = "r7") -> Record:
     return make_record(name, "How many {ducks}?", "seven")
 
 
-def ask(server: Server, answer: str = "7 ducks", **options: Any) -> Judgement:
+def ask(server: ChatServer, answer: str = "7 ducks", **options: Any) -> Judgement:
     judge = ChatJudge("tiny", server.url, wait=0.0, **options)
     (verdict,) = judge([record()], [answer])
     return verdict
 
 
-def test_what_is_asked(server: Server) -> None:
+def test_what_is_asked(server: ChatServer) -> None:
     assert ask(server, "about {7}", key="secret", max_tokens=5) == Judgement(True, "YES")
     (request,) = server.seen
     assert request["path"] == "/v1/chat/completions" and request["key"] == "Bearer secret"
-    assert (request["model"], request["temperature"], request["max_tokens"]) == ("tiny", 0.0, 5)
-    (message,) = request["messages"]
+    body = request["body"]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0.0, 5)
+    (message,) = body["messages"]
     for part in ("Question: How many {ducks}?\n", "Reference answer: seven\n", "Answer: about {7}\n", "YES or NO"):
         assert part in message["content"]
 
 
-def test_no_token_of_the_hub_goes_to_a_server_without_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_of_the_hub_goes_to_a_server_without_key(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_user")
     ask(server)
     assert server.seen[0]["key"] == f"Bearer {NO_KEY}"
@@ -181,20 +141,20 @@ def test_no_token_of_the_hub_goes_to_a_server_without_key(server: Server, monkey
         ("reference", "", False, 1),
     ],
 )
-def test_verdicts(server: Server, parse: str, reply: str, correct: bool | None, tries: int) -> None:
+def test_verdicts(server: ChatServer, parse: str, reply: str, correct: bool | None, tries: int) -> None:
     server.replies = [reply]
     verdict = ask(server, parse=parse, failure="reject", retries=2)
     assert (verdict.correct, verdict.reply, len(server.seen)) == (correct, reply, tries)
 
 
-def test_a_failure_is_tried_again_after_a_pause(server: Server) -> None:
+def test_a_failure_is_tried_again_after_a_pause(server: ChatServer) -> None:
     server.replies, pauses = [500, "perhaps", 429, "NO"], []
     judge = ChatJudge("tiny", server.url, wait=0.5, sleep=pauses.append)
     assert judge([record()], ["x"]) == [Judgement(False, "NO")]
     assert pauses == [0.5, 1.0, 2.0] and len(server.seen) == 4
 
 
-def test_after_all_retries_it_is_an_error_or_a_rejection_and_never_a_wrong_answer(server: Server) -> None:
+def test_after_all_retries_it_is_an_error_or_a_rejection_and_never_a_wrong_answer(server: ChatServer) -> None:
     server.replies = [500]
     message = "'tiny' gave no verdict on record 'r7' in 2 tries; .*500.*or choose judge_failure='reject'"
     with pytest.raises(JudgeError, match=message):
@@ -204,27 +164,33 @@ def test_after_all_retries_it_is_an_error_or_a_rejection_and_never_a_wrong_answe
     server.replies = ["maybe"]
     with pytest.raises(JudgeError, match="its reply is neither YES nor NO: 'maybe'"):
         ask(server, retries=0)
-    server.http.shutdown()
-    server.http.server_close()
+    server.close()
     with pytest.raises(JudgeError, match="record 'r7' in 1 tries"):
         ask(server, retries=0)
 
 
-def test_verdicts_come_in_the_order_of_the_answers(server: Server) -> None:
-    server.replies = ["echo"]
+def test_an_error_that_cannot_pass_is_not_tried_again(server: ChatServer) -> None:
+    server.replies = [401]
+    with pytest.raises(JudgeError, match=r"in 1 tries; .*status 401 \(broken\): is the key in judge_key_env right\?"):
+        ask(server, retries=3)
+    assert len(server.seen) == 1
+
+
+def test_verdicts_come_in_the_order_of_the_answers(server: ChatServer) -> None:
+    server.replies = [lambda text: "YES" if "Answer: right" in text else "NO"]
     answers = ["right" if i % 3 else "wrong" for i in range(20)]
     verdicts = ChatJudge("tiny", server.url, workers=5)([record(f"r{i}") for i in range(20)], answers)
     assert [each.correct for each in verdicts] == [bool(i % 3) for i in range(20)] and len(server.seen) == 20
 
 
-def test_an_empty_answer_is_wrong_without_a_question(server: Server) -> None:
+def test_an_empty_answer_is_wrong_without_a_question(server: ChatServer) -> None:
     assert ask(server, " \n") == Judgement(False) and not server.seen
 
 
 # Options ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_key_comes_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_comes_from_the_environment(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUR_JUDGE_KEY", "from there")
     judge = build_judge("chat", model="tiny", url=server.url, key_env="OUR_JUDGE_KEY")
     judge([record()], ["x"])
@@ -247,9 +213,15 @@ def test_the_key_comes_from_the_environment(server: Server, monkeypatch: pytest.
         ({"judge": "chat", "model": "m", "url": "http://x", "parse": "loose"}, "unknown judge_parse 'loose'"),
         ({"judge": "chat", "model": "m", "url": "http://x", "failure": "skip"}, "unknown judge_failure 'skip'"),
         ({"judge": "chat", "model": "m", "url": "http://x", "retries": -1}, "judge_retries=-1"),
-        ({"judge": "chat", "model": "m", "url": "http://x"}, "HF_HUB_OFFLINE set"),
+        ({"judge": "chat", "model": "m", "key_env": "OUR_JUDGE_KEY"}, "HF_HUB_OFFLINE set"),
+        ({"judge": "chat", "model": "m", "url": "x:8000"}, "judge_url: .* is no address"),
+        (
+            {"judge": "chat", "model": "m", "url": "http://x", "key_env": "OUR_JUDGE_KEY"},
+            "judge_key_env holds a token of the Hub, and judge_url is a server at x",
+        ),
     ],
 )
-def test_wrong_options(options: dict[str, Any], message: str) -> None:
+def test_wrong_options(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUR_JUDGE_KEY", "hf_of_the_user")
     with pytest.raises(ValueError, match=message):
         build_judge(**options)
