@@ -1,0 +1,8 @@
+"""All vectors of DMLR: extraction, rule judge, scores, stop reasons, LLM verifier.
+
+    LATENT_GOLDEN_DIR=FOLDER python -m pytest tests/golden/test_dmlr.py
+
+reads `FOLDER/dmlr`; a file that the set lacks yields no test. The tests are in the files named below.
+"""
+
+from tests.golden.dmlr_verify import *  # noqa: F403
