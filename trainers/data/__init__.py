@@ -15,6 +15,7 @@ from .answers import (
     score_yes_no,
     score_yes_no_relaxed,
 )
+from .answers_dmlr import extract_dmlr, parse_score, score_dmlr, stop_reason, verifier_truth
 from .answers_lavit import (
     accuracy_lavit,
     count_learned_tokens,
@@ -93,6 +94,7 @@ __all__ = [
     "enrich_answers",
     "extract_answer",
     "extract_coconut",
+    "extract_dmlr",
     "extract_final_answer",
     "extract_letter",
     "extract_letter_lavit",
@@ -108,6 +110,7 @@ __all__ = [
     "m3cot_prediction",
     "make_record",
     "pad_batch",
+    "parse_score",
     "read_gsm8k_steps",
     "read_lavit",
     "read_llava",
@@ -128,6 +131,7 @@ __all__ = [
     "scienceqa_predictions",
     "score_choice_relaxed",
     "score_coconut",
+    "score_dmlr",
     "score_lavit",
     "score_letter",
     "score_m3cot",
@@ -136,7 +140,9 @@ __all__ = [
     "score_yes_no",
     "score_yes_no_relaxed",
     "split_rationale",
+    "stop_reason",
     "validate_record",
+    "verifier_truth",
     "write_lavit_json",
     "write_llava",
     "write_m3cot_predictions",
