@@ -26,6 +26,7 @@ from tests.golden.conftest import each, golden_dir, golden_json
 from tests.golden.lavit_data import IDS, processor
 from tests.golden.lavit_trainer import golden_config, golden_model
 from tests.naive_learned import NaiveQwenVL, naive_learned, naive_learned_generate
+from trainers.data.answers_lavit import LEARNED_TOKEN
 from trainers.data.llava_text import IMAGE_PLACEHOLDER
 from trainers.data.records import Record, make_record
 
@@ -109,9 +110,11 @@ def test_what_is_sent(case: dict[str, Any]) -> None:
     assert ours["input_ids"].shape[1] == case["prompt_len"]
     assert ours["image_grid_thw"].tolist() == TENSORS["image_grid_thw"].tolist()
     torch.testing.assert_close(ours["pixel_values"], TENSORS["pixel_values"], atol=1e-5, rtol=0)
-    # The published mask looks for this token, which is not one of the trained ones.
-    token = EVALUATION["evaluator_added_token"]["id"]
-    assert token not in ours["input_ids"] and token not in IDS["lvr_ids"] == EVALUATION["lvr_ids"]
+    # The published mask looks for a token that is not one of the trained ones, so it hides nothing.
+    added = EVALUATION["evaluator_added_token"]
+    assert added["id"] not in ours["input_ids"] and added["id"] not in IDS["lvr_ids"] == EVALUATION["lvr_ids"]
+    assert LEARNED_TOKEN.fullmatch(added["text"]), "the published count knows it, too"
+    assert not case["mask_lvr"] or TENSORS[f"{name}.sent.attention_mask"].all()
 
 
 @each("case", SENT, ids=lambda case: case["name"])
@@ -132,8 +135,8 @@ def test_what_is_reported(case: dict[str, Any]) -> None:
 # Decoding -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @each("name", DECODED)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_library_reproduces_the_vectors(name: str, implementation: str) -> None:
     want, length = TENSORS[f"{name}.output_ids"], prompt_of(name).shape[1]
     for options in OPTIONS[name]:

@@ -28,6 +28,8 @@ CONCEPT_CASES = [case for case in CASES if f"{case['name']}.loss_v_top" in NAMES
 GRADIENT_CASES = [
     case for case in CONCEPT_CASES if any(name.startswith(f"{case['name']}.grad.v_top_head") for name in NAMES)
 ]
+# Runs without a target keep what the head predicts, too.
+UNTRAINED_CASES = [case for case in CASES if case not in CONCEPT_CASES and f"{case['name']}.v_pred" in NAMES]
 NO_LABELS = [case for case in CONCEPT_CASES if "labels" in case["dropped_inputs"]]
 ATTENTION_INPUTS = [case for case in CASES if f"{case['name']}.in.traj_tensor" in NAMES]
 # Target of the vectors, and options that make it of the min-max target.
@@ -90,6 +92,13 @@ def test_concept_loss(case: dict) -> None:
     assert abs(1 - output.cosine_sum.item() / output.count.item() - want) <= allowed("losses")
     made = concept_head()(tensors[f"{case['name']}.h_anchor"])
     assert (made - predicted).abs().max().item() <= allowed("hidden_and_logits")
+
+
+@each("case", UNTRAINED_CASES, ids=lambda case: case["name"])
+def test_the_concept_head_without_a_target(case: dict) -> None:
+    tensors, name = loss_tensors(), case["name"]
+    made = concept_head()(tensors[f"{name}.h_anchor"])
+    assert (made - tensors[f"{name}.v_pred"]).abs().max().item() <= allowed("hidden_and_logits")
 
 
 @each("case", GRADIENT_CASES, ids=lambda case: case["name"])
@@ -198,7 +207,7 @@ if "variant.student_attention_latent_to_image" in NAMES:
 
 # The heads, and the gate --------------------------------------------------------------------------------------------
 
-if "heads.in.state" in NAMES:
+if "heads.in.state" in NAMES and WEIGHT_FILE.is_file():
 
     def test_heads_on_given_states() -> None:
         tensors = loss_tensors()

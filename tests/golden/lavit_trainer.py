@@ -24,6 +24,7 @@ from trainers.objectives import build_objective
 from trainers.objectives.lavit import LavitObjective
 
 MASK_CASES = MANIFEST.get("mask_cases", []) if "mask.0.out" in NAMES else []
+BATCHES = sorted({name.split(".")[1] for name in NAMES if name.startswith("batch.")})
 BATCH_MASKS = sorted(name for name in NAMES if name.startswith("mask01."))
 PUBLISHED_NAMES = {"concept_head.": "v_top_head.", "attention_head.": "traj_head."}
 
@@ -87,13 +88,16 @@ def options(case: dict) -> LavitSFTConfig:
     )
 
 
-def batch_of(case: dict) -> dict[str, torch.Tensor]:
-    """The batch of a case as the collator gives it; the concept is what the published batch has, (B, P, D)."""
+def batch_of(case: dict, row: int | None = None) -> dict[str, torch.Tensor]:
+    """The batch of a case, or one row of it, as the collator gives it; the concept is what the published batch has,
+    (B, P, D)."""
     tensors, name = loss_tensors(), case["batch"]
     batch = {key.split(".", 2)[2]: value for key, value in tensors.items() if key.startswith(f"batch.{name}.")}
     for key in case["overrides"]:
         batch[key.split(".in.")[1]] = tensors[key]
     items = {"B1": (0,), "B3": (0, 1, 2), "B2": (2, 3)}[name]
+    if row is not None:
+        batch, items = {key: value[row : row + 1] for key, value in batch.items()}, items[row : row + 1]
     ids = batch["input_ids"]
     labels = batch["labels"]
     return {
@@ -112,11 +116,11 @@ def batch_of(case: dict) -> dict[str, torch.Tensor]:
 class Run:
     """One forward of the trainer with everything that the vectors name."""
 
-    def __init__(self, case: dict) -> None:
+    def __init__(self, case: dict, row: int | None = None) -> None:
         self.case, self.args, self.model = case, options(case), golden_model(case)
         self.objective: LavitObjective = build_objective(self.args, self.model.config)
         self.objective.bind(self.model)
-        inputs = batch_of(case)
+        inputs = batch_of(case, row)
         add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
         add_latent_loss(self.model, self.objective, with_loss=self.objective.has_latent_loss)
         kept: dict[str, torch.Tensor] = {}
@@ -238,6 +242,45 @@ def test_allowed_pairs_of_a_batch(name: str) -> None:
     images = ids == golden_config()["image_token_id"]
     rule = image_visibility(images, learned, -float("inf"), block_prompt=block == "block1")
     assert torch.equal(allowed_pairs([rule], mask), tensors[name].bool())
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+@each("name", BATCHES)
+def test_index_fields_of_a_batch(name: str) -> None:
+    """They follow from ids and grid: first and last learned token, markers of the image, where labels begin."""
+    tensors, prefix = loss_tensors(), f"batch.{name}"
+    ids, labels = tensors[f"{prefix}.input_ids"], tensors[f"{prefix}.labels"]
+    is_learned = torch.isin(ids, torch.tensor(learned_ids()))
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    found = {
+        "lavit_start_idx": is_learned.int().argmax(dim=1),
+        "lavit_token_idx": torch.where(is_learned, places, -1).amax(dim=1),
+        "vision_start_idx": (ids == golden_config()["vision_start_token_id"]).int().argmax(dim=1),
+        "vision_end_idx": (ids == golden_config()["vision_end_token_id"]).int().argmax(dim=1),
+        "patch_lens": tensors[f"{prefix}.image_grid_thw"].prod(dim=1),
+    }
+    for key, value in found.items():
+        assert value.tolist() == tensors[f"{prefix}.{key}"].tolist(), key
+    supervised = (places >= found["lavit_start_idx"][:, None]) & tensors[f"{prefix}.attention_mask"].bool()
+    assert torch.equal(labels, torch.where(supervised, ids, -100))
+
+
+@each("name", BATCHES if PLAIN else [])
+def test_a_batch_is_the_mean_of_its_rows(name: str) -> None:
+    case = {**PLAIN[0], "batch": name}
+    together = Run(case)
+    alone = [Run(case, row) for row in range(len(together.hidden))]
+    for part in ("concept", "attention"):
+        mean = sum(getattr(run, part).item() for run in alone) / len(alone)
+        assert abs(getattr(together, part).item() - mean) <= allowed("losses"), part
+    anchors = together.objective._anchor(together.inputs["input_ids"]).tolist()
+    assert anchors == loss_tensors()[f"batch.{name}.lavit_token_idx"].tolist()
+    for row, run in enumerate(alone):
+        real = run.inputs["attention_mask"][0].bool()
+        distance = (together.hidden[row] - run.hidden[0])[real].abs().max()
+        assert distance <= allowed("hidden_and_logits")
 
 
 # A published folder --------------------------------------------------------------------------------------------------
