@@ -5,4 +5,5 @@
 reads `FOLDER/dmlr`; a file that the set lacks yields no test. The tests are in the files named below.
 """
 
+from tests.golden.dmlr_prompts import *  # noqa: F403
 from tests.golden.dmlr_verify import *  # noqa: F403
