@@ -33,6 +33,7 @@ from .answers_staged import (
     score_m3cot,
     score_scienceqa,
 )
+from .dmlr import read_dmlr, write_dmlr_json
 from .graphs import GraphGenerator, check_graph_question, graph_dataset, graph_record, graph_stream
 from .lavit import read_lavit, write_lavit_json
 from .llava import (
@@ -111,6 +112,7 @@ __all__ = [
     "make_record",
     "pad_batch",
     "parse_score",
+    "read_dmlr",
     "read_gsm8k_steps",
     "read_lavit",
     "read_llava",
@@ -143,6 +145,7 @@ __all__ = [
     "stop_reason",
     "validate_record",
     "verifier_truth",
+    "write_dmlr_json",
     "write_lavit_json",
     "write_llava",
     "write_m3cot_predictions",
