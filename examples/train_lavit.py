@@ -172,6 +172,7 @@ def maze_signals(script: LavitScriptArguments, config: LavitSFTConfig, records: 
     signals = extract_teacher(options, model.to(state.device).eval(), processor, records)
     if state.is_main_process:
         print(f"{describe_teacher_folder(signals)}\nsignals of the teacher in {signals}")
+    state.wait_for_everyone()  # the index is written by the main process
     return signals
 
 
