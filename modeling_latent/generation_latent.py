@@ -38,6 +38,7 @@ from .latent_strategies import (
     take_latent_options,
 )
 from .latent_trace import LatentTrace
+from .search_strategy import expand_cache
 
 logger = logging.get_logger(__name__)
 
@@ -220,6 +221,8 @@ class LatentGenerationMixin(GenerationMixin):
             output = super().generate(inputs, *args, **kwargs)
             if call.keep_trace and call.state is not None and not torch.is_tensor(output):
                 output["latent_trace"] = call.state.build_trace(output)
+            if call.options is not None and not torch.is_tensor(output):
+                output.update(call.options.outputs)
         return output
 
     @classmethod
@@ -283,10 +286,16 @@ class LatentGenerationMixin(GenerationMixin):
         if name != options.strategy.name:
             logger.info(f"latent_strategy={name!r} is called {options.strategy.name!r} here")
         if options.strategy.uses_latents:
-            self.config.require_latent_tokens(options.strategy.tokens)
+            if options.strategy.tokens is not None:
+                self.config.require_latent_tokens(options.strategy.tokens)
             self._refuse_latent_combinations(options, generation_config)
         if options.strategy.layout is not None:
+            own_cache = model_kwargs.get("past_key_values")
             model_kwargs = options.strategy.layout(self, model_kwargs, options)
+            cache = model_kwargs.get("past_key_values")
+            if cache is not None and cache is not own_cache:  # `generate` repeats the ids, not a cache
+                repeat = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+                expand_cache(cache, repeat)
         call = _CALL.get()
         if call is not None:
             call.options = options
@@ -399,6 +408,8 @@ class LatentGenerationMixin(GenerationMixin):
         custom = [*(kwargs.get("logits_processor") or []), LatentBanProcessor(state)]  # these run before the warpers
         kwargs["logits_processor"] = LogitsProcessorList(custom)
         processors = super()._get_logits_processor(*args, **kwargs)
+        if state.strategy.processors is not None:
+            state.strategy.processors(processors, state.options, state.prompt_length)
         return LatentLogitsProcessorList([*processors, LatentLogitsProcessor(state)])
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:

@@ -72,6 +72,15 @@ def replace_latents(
     return torch.where(latent_mask.unsqueeze(-1), latent_embeds.to(inputs_embeds), inputs_embeds)
 
 
+def mask_of_prompts(model: nn.Module, ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mask of the prompts; where none is given, padding is what the stock `generate` takes for it."""
+    if mask is not None:
+        return mask
+    pad, eos = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
+
+
 class LatentInputsMixin:
     """For a backbone class: turns ids, embeddings and latents into the embeddings that the first layer reads."""
 

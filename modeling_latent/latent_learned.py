@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .latent_inputs import mask_of_prompts
 from .latent_masks import Visibility, hidden_positions
-from .latent_staged import mask_of_prompts, pad_rows
+from .latent_staged import pad_rows
 from .latent_state import LatentState
 from .latent_strategies import (
     LatentOption,

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .latent_blocks import PATCH_ORDERS, lay_out_blocks
+from .latent_inputs import mask_of_prompts
 from .latent_plan_types import PATCH_IMAGES, LatentPlan, LatentPlanOutput, PlanStep
 from .latent_state import LatentState
 from .latent_strategies import (
@@ -112,15 +113,6 @@ def _steps_of(options: LatentOptions, num_rows: int, config: Any) -> list[int]:
             "raise max_latent_steps"
         )
     return steps
-
-
-def mask_of_prompts(model: nn.Module, ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mask of the prompts; where none is given, padding is what the stock `generate` takes for it."""
-    if mask is not None:
-        return mask
-    pad, eos = model.generation_config.pad_token_id, model.generation_config.eos_token_id
-    ends = eos if isinstance(eos, list) else [eos]
-    return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
 
 
 def _image_tokens(tokens: list[int], config: Any, values: SimpleNamespace) -> int:
@@ -345,4 +337,4 @@ register_latent_strategy(
     )
 )
 
-__all__ = ["lay_out", "mask_of_prompts", "pad_rows", "prefill"]
+__all__ = ["lay_out", "pad_rows", "prefill"]

@@ -262,7 +262,8 @@ class LatentStrategy:
             and when its trace is replayed.
         begin: `(model, state, input_ids)` once the state of a call exists, before anything is fed: edits
             `state.prompt_latents`.
-        tokens: latent tokens that a model must have: `"slots"` with their markers, or `"learned"` ones.
+        tokens: latent tokens that a model must have: `"slots"` with their markers, `"learned"` ones, or `None`.
+        processors: `(processors, options, prompt_length)` edits the logits processors of a call.
         prefill: for slots that depend on each other: `(model, stock_prefill, input_ids, generation_config,
             model_kwargs, state, **stock_options) -> outputs` runs the prompt in segments over one cache;
             `stock_prefill(input_ids, generation_config, model_kwargs, **stock_options)` is the stock function.
@@ -278,11 +279,12 @@ class LatentStrategy:
     writes_end: bool = True
     opens_span: bool = True
     reads_before: bool = False
-    tokens: str = "slots"
+    tokens: str | None = "slots"
     layout: Callable[..., dict[str, Any]] | None = None
     visibility: Callable[..., Any] | None = None
     begin: Callable[..., None] | None = None
     prefill: Callable[..., Any] | None = None
+    processors: Callable[..., None] | None = None
 
     @property
     def uses_latents(self) -> bool:
@@ -367,11 +369,13 @@ class LatentOptions:
         strategy: the strategy.
         values: namespace with one attribute per option.
         given: names that the caller passed.
+        outputs: what a `layout` adds to the output of `generate`, by name.
     """
 
     strategy: LatentStrategy
     values: SimpleNamespace
     given: frozenset[str] = field(default_factory=frozenset)
+    outputs: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self, num_prompts: int, num_rows: int, device: torch.device) -> SimpleNamespace:
         """Per-row options as tensors `(R,)`; a list has one entry per prompt.
