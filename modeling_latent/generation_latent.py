@@ -222,7 +222,8 @@ class LatentGenerationMixin(GenerationMixin):
             if call.keep_trace and call.state is not None and not torch.is_tensor(output):
                 output["latent_trace"] = call.state.build_trace(output)
             if call.options is not None and not torch.is_tensor(output):
-                output.update(call.options.outputs)
+                for name, value in call.options.outputs.items():
+                    output[name] = value
         return output
 
     @classmethod

@@ -249,7 +249,7 @@ class LatentSearch:
     # --- forwards on the cache of the prefix ---
 
     @contextmanager
-    def _expanded(self, prefix: _Prefix, samples: int) -> Iterator[DynamicCache]:
+    def expanded(self, prefix: _Prefix, samples: int) -> Iterator[DynamicCache]:
         """The cache of a prefix, repeated for noise samples."""
         if samples == 1:
             yield prefix.cache
@@ -280,6 +280,9 @@ class LatentSearch:
             surplus = cache.get_seq_length() - self.prefix_mask.shape[1]
             if surplus > 0:
                 cache.crop(-surplus)
+            if torch.is_grad_enabled():  # what is left of the cache was there before
+                for layer in cache.layers:
+                    layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
     def attention_to_image(self, cache: DynamicCache, candidates: torch.Tensor) -> torch.Tensor:
         """`(N, T, P)` attention of thought tokens `(N, T, H)` on the prefix, mean over layers and heads."""
@@ -378,7 +381,7 @@ class LatentSearch:
                 )
         prefix = self.plain if self.reference else self.with_image
         optimizer = state.optimizer(options)
-        with self._expanded(self.with_image, samples) as seen, self._expanded(prefix, samples) as scored:
+        with self.expanded(self.with_image, samples) as seen, self.expanded(prefix, samples) as scored:
             scored = seen if prefix is self.with_image else scored
             for step in range(steps):
                 if all(state.done):

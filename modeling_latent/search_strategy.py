@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 
-from .latent_inputs import mask_of_prompts
+from .latent_inputs import mask_of_prompts, replace_latents
 from .latent_strategies import (
     LatentOption,
     LatentOptions,
@@ -179,7 +179,7 @@ def generate_with_search(model: nn.Module, inputs: torch.Tensor | None = None, *
     given = ("input_ids", "attention_mask", "mm_token_type_ids", "inputs_embeds", "position_ids", "past_key_values")
     prompt = {name: kwargs.pop(name) for name in (*given, *IMAGE_INPUTS) if name in kwargs}
     answer, result = search_prompts_of(model, prompt, options)
-    answer = {name: value for name, value in answer.items() if not name.startswith("latent_")}
+    feed_vectors(model, answer)
     config = kwargs.get("generation_config") or model.generation_config
     beams, returned = (
         kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences")
@@ -195,6 +195,13 @@ def generate_with_search(model: nn.Module, inputs: torch.Tensor | None = None, *
     if not torch.is_tensor(output):
         output["search"] = result
     return output
+
+
+def feed_vectors(model: nn.Module, answer: dict[str, Any]) -> None:
+    """Turn `latent_embeds` into `inputs_embeds` for a stock model: the cache has all but the last position, which may
+    be a thought token."""
+    embeds = model.get_input_embeddings()(answer["input_ids"])
+    answer["inputs_embeds"] = replace_latents(embeds, answer.pop("latent_embeds"), answer.pop("latent_mask"))
 
 
 def search_mode(options: dict[str, Any]) -> str:
@@ -261,8 +268,8 @@ def search_decoding(
     for name in ("position_ids", "past_key_values", "logits_to_keep"):
         model_kwargs.pop(name, None)
     answer, _ = search_prompts_of(model, prompt, options)
+    feed_vectors(model, answer)
     ids = answer.pop("input_ids")
-    answer = {name: value for name, value in answer.items() if not name.startswith("latent_")}
     if search_mode(options) == "reference":
         _ignore_prompt(logits_processor, ids.shape[1])
     grown = ids.shape[1] - input_ids.shape[1]  # thought tokens and image tokens take nothing from the budget
