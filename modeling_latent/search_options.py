@@ -81,7 +81,7 @@ def _choice(*allowed: Any) -> Callable[[str, Any], Any]:
 def _reward(name: str, value: Any) -> Any:
     if not callable(value) and value not in REWARDS:
         raise ValueError(
-            f"{name}={value!r} is unknown; choose one of {list(REWARDS)}, or a callable from logits (N, rows, V) to (N,)"
+            f"{name}={value!r} is unknown; choose one of {list(REWARDS)}, or a callable on logits (N, rows, V)"
         )
     return value
 
