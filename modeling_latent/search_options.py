@@ -102,11 +102,13 @@ def _mask(name: str, value: Any) -> Any:
 
 SEARCH_OPTIONS: dict[str, SearchOption] = {
     "mode": SearchOption("paper", "paper", _choice(*MODES), "'paper', or 'reference': what the published code does"),
-    "num_thought_tokens": SearchOption(4, 8, _whole(1, "; for none decode without the search"), "thought tokens"),
+    "num_thought_tokens": SearchOption(
+        4, 8, _whole(1, "; for none decode without the search"), "number of thought tokens"
+    ),
     "thought_mask": SearchOption(None, None, _mask, "where they stand in the prompt; else behind it"),
     "thought_token_id": SearchOption(None, None, _whole(0, optional=True), "id that they are laid out with"),
     "max_num_steps": SearchOption(15, 20, _whole(0), "steps of the search; 0: the thought tokens as they are"),
-    "lr": SearchOption(1e-3, 5e-3, _number(0), "step size"),
+    "lr": SearchOption(1e-3, 5e-3, _number(0), "step size of the thought tokens"),
     "sigma": SearchOption(
         0.1, 20.0, _number(0, remedy=": without noise there is no estimate"), "standard deviation of the noise"
     ),

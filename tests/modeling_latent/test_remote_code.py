@@ -42,6 +42,11 @@ SHARED = {
     "latent_tokens.py",
     "latent_trace.py",
     "processing_latent_images.py",
+    "search_latent.py",
+    "search_options.py",
+    "search_patches.py",
+    "search_rewards.py",
+    "search_strategy.py",
 }
 QWEN = {"latent_patch_embed.py", "latent_qwen_vl.py", "processing_latent.py"}
 TRAVELLING = SHARED | QWEN | {"modeling_latent_qwen2_5_vl.py"}
