@@ -15,7 +15,8 @@ Paper: "Reasoning Within the Mind: Dynamic Multimodal Interleaving in Latent Spa
 
 Every process of a run calls [`run_search`], each with its model; they share the questions that are left, and the first
 one judges and writes the results. With a generator of noise for each question (`noise_stream="item"`) the results
-depend neither on the number of processes, nor on batches, nor on where a run was killed.
+depend neither on the number of processes nor on where a run was killed, to the byte; the size of batches changes the
+rounding alone.
 """
 
 import os
@@ -120,16 +121,16 @@ def run_search(
     described = {"model": model, "dataset": dataset, **plan.description(), **(settings or {}), **place}
     run = RunFolder(folder, described)
     run.check(resume)
-    todo, stream = _left(run, questions, plan)
+    batches, stream = _left(run, questions, plan, batch_size)
     workers.wait()  # all have looked before anything is written
     if workers.index == 0:
         run.begin()
-    mine = todo[workers.index :: workers.number]
+    mine = batches[workers.index :: workers.number]
     if mine:
         answers = SearchAnswers(*load(), plan)
         if stream is not None:
             answers.stream = stream
-        _answer(run, answers, mine, batch_size, workers, progress)
+        _answer(run, answers, mine, workers, progress)
     workers.wait()
     if workers.index:
         return None
@@ -158,8 +159,14 @@ def _check(questions: Sequence[Question], plan: SearchPlan, batch_size: int, wor
         )
 
 
-def _left(run: RunFolder, questions: Sequence[Question], plan: SearchPlan) -> tuple[list[Question], str | None]:
-    """The questions that are still to be answered, and the state of the noise before them (published stream)."""
+def _left(
+    run: RunFolder, questions: Sequence[Question], plan: SearchPlan, batch_size: int
+) -> tuple[list[Sequence[Question]], str | None]:
+    """The batches that are still to be answered, and the state of the noise before them (published stream).
+
+    Batches are those of the whole run: one that was not finished is answered as a whole again, so that no rounding of
+    an answer depends on what was finished before.
+    """
     items = run.items()
     for question in questions:
         line = items.get(question.data_idx)
@@ -168,9 +175,9 @@ def _left(run: RunFolder, questions: Sequence[Question], plan: SearchPlan) -> tu
                 f"{run.folder} has an answer to another question {question.data_idx} than {question.question!r:.80}: "
                 "the data were changed; give another output_dir"
             )
+    batches = [questions[first : first + batch_size] for first in range(0, len(questions), batch_size)]
     if plan.noise_stream == "item":
-        finished = {index for index, line in items.items() if line["status"] != FAILED}
-        return [question for question in questions if question.data_idx not in finished], None
+        return [batch for batch in batches if not all(_is_finished(question, items) for question in batch)], None
     count = next((i for i, question in enumerate(questions) if question.data_idx not in items), len(questions))
     behind = [question.data_idx for question in questions[count:] if question.data_idx in items]
     if behind:
@@ -178,22 +185,26 @@ def _left(run: RunFolder, questions: Sequence[Question], plan: SearchPlan) -> tu
             f"{run.folder} has question {behind[0]} and lacks {questions[count].data_idx} before it, which "
             "noise_stream='run' needs; give another output_dir"
         )
-    return list(questions[count:]), items[questions[count - 1].data_idx]["stream"] if count else None
+    return batches[count:], items[questions[count - 1].data_idx]["stream"] if count else None
+
+
+def _is_finished(question: Question, items: Mapping[int, Mapping[str, Any]]) -> bool:
+    """A question that failed is asked again, unless its row is what is wrong."""
+    line = items.get(question.data_idx)
+    return line is not None and (line["status"] != FAILED or question.problem is not None)
 
 
 def _answer(
     run: RunFolder,
     answers: SearchAnswers,
-    questions: Sequence[Question],
-    batch_size: int,
+    batches: Sequence[Sequence[Question]],
     workers: Workers,
     progress: bool,
 ) -> None:
     failures = 0
-    bar = tqdm(total=len(questions), desc="questions", disable=not (progress and workers.index == 0))
-    with bar:
-        for first in range(0, len(questions), batch_size):
-            batch = questions[first : first + batch_size]
+    hidden = not (progress and workers.index == 0)
+    with tqdm(total=sum(map(len, batches)), desc="questions", disable=hidden) as bar:
+        for batch in batches:
             lines = [{**line, "worker": workers.index} for line in answers(batch)]
             run.append(workers.index, lines)
             bar.update(len(batch))
