@@ -34,7 +34,7 @@ from trainers.data.answers import STRICT
 from trainers.data.answers_dmlr import stop_reason
 from trainers.data.answers_staged import REFERENCE
 from trainers.data.boxes import checked_option
-from trainers.data.records import open_image
+from trainers.data.records import RecordError, open_image
 
 from .search_questions import Question
 from .search_store import DONE, FAILED, SKIPPED, STEP_FIELDS
@@ -201,8 +201,8 @@ class SearchAnswers:
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = self.tokenizer.pad_token_id
         self.chat_template = plan.chat_template
-        has_template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
-        if self.chat_template is None and not has_template and processor is self.tokenizer:
+        text_alone = getattr(processor, "image_processor", None) is None
+        if self.chat_template is None and not getattr(processor, "chat_template", None) and text_alone:
             self.chat_template = PLAIN_TEMPLATE
             logger.warning("%s has no chat template; its prompts are plain text", type(processor).__name__)
         self.is_latent = hasattr(model.config, "latent_token_id")
@@ -237,7 +237,7 @@ class SearchAnswers:
             if question.solution is None and question.problem is None:
                 lines[question.data_idx] = {**self._head(question), "status": SKIPPED, "stream": self.stream}
             elif question.record is None:
-                lines[question.data_idx] = self._failed(question, question.problem)
+                lines[question.data_idx] = self._failed(question, question.problem, True)
             else:
                 asked.append(question)
         if asked:
@@ -256,25 +256,26 @@ class SearchAnswers:
                 ) from error
             if len(questions) == 1:
                 logger.warning("question %d failed: %r", questions[0].data_idx, error)
-                return [self._failed(questions[0], repr(error))]
+                return [self._failed(questions[0], repr(error), isinstance(error, RecordError))]
         return [line for question in questions for line in self._answer_all([question])]
 
     def _head(self, question: Question) -> dict[str, Any]:
         return {"data_idx": question.data_idx, "digest": question.digest}
 
-    def _failed(self, question: Question, reason: str | None) -> dict[str, Any]:
-        line = {**self._head(question), "status": FAILED, "error": reason, "stream": self.stream}
-        try:
-            return {**line, "prompt": self._published_prompt(question)}
-        except ValueError:  # the prompt itself is what failed
-            return {**line, "prompt": ""}
+    def _failed(self, question: Question, reason: str | None, its_own: bool) -> dict[str, Any]:
+        """`its_own`: the data of the question are what is wrong, which says nothing about others."""
+        line = {**self._head(question), "status": FAILED, "error": reason, "its_own": its_own}
+        return {**line, "prompt": self._published_prompt(question), "stream": self.stream}
 
     def _published_prompt(self, question: Question) -> str:
+        """What result files call `prompt` in reference mode; empty where there is no such text."""
         if self.plan.mode != REFERENCE:
             return ""
-        return published_prompt_field(
-            self.processor, question.question, question.has_image, self.plan.prompt_index, self.chat_template
-        )
+        text, has_image = question.question, question.has_image
+        try:
+            return published_prompt_field(self.processor, text, has_image, self.plan.prompt_index, self.chat_template)
+        except ValueError:  # a tokenizer whose placeholder must be named, or a question that cannot be asked
+            return ""
 
     def _answer(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         plan, start = self.plan, _now(self.model.device)

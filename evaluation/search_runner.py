@@ -201,21 +201,21 @@ def _answer(
     workers: Workers,
     progress: bool,
 ) -> None:
-    failures = 0
+    failures, answered = 0, any(line["status"] == DONE for line in run.items().values())
     hidden = not (progress and workers.index == 0)
     with tqdm(total=sum(map(len, batches)), desc="questions", disable=hidden) as bar:
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             lines = [{**line, "worker": workers.index} for line in answers(batch)]
             run.append(workers.index, lines)
             bar.update(len(batch))
-            for question, line in zip(batch, lines, strict=True):
+            for line in lines:
                 if line["status"] == DONE:
-                    failures = 0
-                elif line["status"] == FAILED and question.problem is None:
+                    failures, answered = 0, True
+                elif line["status"] == FAILED and not line["its_own"]:
                     failures += 1
-                if failures >= GIVE_UP:
+                if failures >= GIVE_UP or (failures and number == len(batches) and not answered):
                     raise SearchRunError(
-                        f"{failures} questions in a row failed, the last one, {question.data_idx}, with "
+                        f"{failures} questions in a row failed, the last one, {line['data_idx']}, with "
                         f"{line['error']:.500}; repair the cause and go on with resume, which asks them again"
                     )
 
