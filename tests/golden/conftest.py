@@ -19,6 +19,7 @@ import pytest
 for _part in (
     *(f"laser_{name}" for name in ("batching", "data", "decoding", "losses")),
     "dmlr_prompts",
+    "dmlr_results",
     "dmlr_search",
     "dmlr_verify",
     "ivtlr_chameleon",
