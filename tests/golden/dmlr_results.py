@@ -67,7 +67,7 @@ def flags(args: dict[str, Any], **changes: Any) -> list[str]:
     for name, value in {**args, **changes}.items():
         if value is True:
             words.append(f"--{name}")
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             words.append(f"--{name}={value}")
     return words
 
