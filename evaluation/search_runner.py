@@ -170,7 +170,7 @@ def _left(
     items = run.items()
     for question in questions:
         line = items.get(question.data_idx)
-        if line is not None and line["digest"] != question.digest:
+        if line is not None and line["status"] != FAILED and line["digest"] != question.digest:
             raise ValueError(
                 f"{run.folder} has an answer to another question {question.data_idx} than {question.question!r:.80}: "
                 "the data were changed; give another output_dir"
@@ -189,7 +189,7 @@ def _left(
 
 
 def _is_finished(question: Question, items: Mapping[int, Mapping[str, Any]]) -> bool:
-    """A question that failed is asked again, unless its row is what is wrong."""
+    """A question that failed is asked again, unless its row is what is still wrong."""
     line = items.get(question.data_idx)
     return line is not None and (line["status"] != FAILED or question.problem is not None)
 
