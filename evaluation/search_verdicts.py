@@ -134,7 +134,9 @@ def summary(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def verify_results(folder: str | os.PathLike, truths: Mapping[int, Truth], judge: SearchJudge) -> dict[str, Any]:
+def verify_results(
+    folder: str | os.PathLike, truths: Mapping[int, Truth], judge: SearchJudge
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Judge the entries of a `results.json` anew, without the model; of a `results_v1.json` beside it, too.
 
     As published, an entry without truth stays as it is and counts for nothing, and fields that are not known here are
@@ -146,7 +148,7 @@ def verify_results(folder: str | os.PathLike, truths: Mapping[int, Truth], judge
         judge: who judges.
 
     Returns:
-        The content of `results.json`.
+        The content of `results.json`, and the [`summary`] of the entries that have a truth.
 
     Raises:
         ValueError: no such file, or one without entries.
@@ -169,7 +171,8 @@ def verify_results(folder: str | os.PathLike, truths: Mapping[int, Truth], judge
     write_whole(path, results_text(results))
     if rich is not None:
         write_whole(path.with_name(RESULTS_V1), results_text(rich) + "\n")
-    return results
+    errors = {index: {"verdict": {"error": verdict.error}} for index, verdict in by_idx.items()}
+    return results, summary({**entry, **errors.get(entry["data_idx"], {})} for entry in visited)
 
 
 def _truth(entry: Mapping[str, Any], truths: Mapping[int, Truth]) -> Truth:

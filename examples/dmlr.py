@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from evaluation.search_arguments import image_tokens, judge_of, parse_args, plan_of, published_args
 from evaluation.search_questions import Question, read_questions
 from evaluation.search_runner import Workers, run_search
-from evaluation.search_verdicts import SearchJudge, Truth, summary, verify_results
+from evaluation.search_verdicts import SearchJudge, Truth, verify_results
 from modeling_latent import LATENT_CLASSES, latent_processor_class, load_latent_model
 from modeling_latent.configuration_latent import published_method
 from modeling_latent.loading_latent import adapter_settings
@@ -189,9 +189,8 @@ def verify(args: argparse.Namespace) -> None:
     questions, _ = read(args)
     shift = args.start_data_idx if args.published_index else 0
     truths = {each.data_idx - shift: Truth(each.solution, _text(each, args)) for each in questions}
-    results = verify_results(args.output_dir, truths, judge_of(args, args.output_dir))
-    shown = {**summary(each for each in results["entries"] if each.get("data_idx") in truths)}
-    print(report_text(shown, args))
+    _, found = verify_results(args.output_dir, truths, judge_of(args, args.output_dir))
+    print(report_text(found, args))
 
 
 def _text(question: Question, args: argparse.Namespace) -> str | None:

@@ -643,7 +643,8 @@ def test_an_endpoint_that_is_down_costs_verdicts_and_no_answers(
     assert (results["accuracy"], results["correct"], results["total"]) == (0.0, 0, 0)
     # The endpoint is back.
     truths = {question.data_idx: Truth(question.solution) for question in questions}
-    verified = verify_results(tmp_path / "out", truths, llm(server.url))
+    verified, found = verify_results(tmp_path / "out", truths, llm(server.url))
+    assert found["counts"]["correct"] == 3 and found["unverified"] == {}
     assert (verified["accuracy"], verified["correct"], verified["total"]) == (1.0, 3, 3)
     rich = json.loads((tmp_path / "out" / "results_v1.json").read_text())
     assert rich["counts"]["correct"] == 3 and rich["unverified"] == {} and rich["accuracy"] == 1.0
@@ -689,7 +690,8 @@ def test_judged_anew_by_rule(run: Run, tmp_path: Path) -> None:
     results["entries"].append({"data_idx": 77, "model_output": "blue"})
     path.write_text(json.dumps({**results, "extra": 1}))
     truths = {question.data_idx: Truth(question.solution) for question in questions}
-    verified = verify_results(tmp_path / "out", truths, SearchJudge())
+    verified, found = verify_results(tmp_path / "out", truths, SearchJudge())
+    assert found["counts"]["questions"] == 2
     assert verified["extra"] == 1 and verified["entries"][0]["note"] == "kept"
     assert [each.get("is_correct") for each in verified["entries"]] == [True, False, False, None]
     assert (verified["correct"], verified["total"]) == (1, 2), "skipped rows and other entries count for nothing"
