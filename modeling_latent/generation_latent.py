@@ -331,6 +331,8 @@ class LatentGenerationMixin(GenerationMixin):
 
     def _refuse_latent_combinations(self, options: LatentOptions, config: GenerationConfig) -> None:
         values, beams = options.values, (config.num_beams or 1) > 1
+        if options.strategy.refuse is not None:
+            options.strategy.refuse(config)
         if self.training and self.is_activation_checkpointing:
             raise ValueError(
                 "the model is in train mode with activation checkpointing, which drops the cache in every layer and "

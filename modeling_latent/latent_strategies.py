@@ -263,6 +263,7 @@ class LatentStrategy:
         begin: `(model, state, input_ids)` once the state of a call exists, before anything is fed: edits
             `state.prompt_latents`.
         tokens: latent tokens that a model must have: `"slots"` with their markers, `"learned"` ones, or `None`.
+        refuse: `(generation_config)` refuses settings of a call that the strategy cannot work with.
         processors: `(processors, options, prompt_length)` edits the logits processors of a call.
         prefill: for slots that depend on each other: `(model, stock_prefill, input_ids, generation_config,
             model_kwargs, state, **stock_options) -> outputs` runs the prompt in segments over one cache;
@@ -280,6 +281,7 @@ class LatentStrategy:
     opens_span: bool = True
     reads_before: bool = False
     tokens: str | None = "slots"
+    refuse: Callable[..., None] | None = None
     layout: Callable[..., dict[str, Any]] | None = None
     visibility: Callable[..., Any] | None = None
     begin: Callable[..., None] | None = None

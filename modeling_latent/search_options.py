@@ -155,7 +155,7 @@ def search_settings(**given: Any) -> SimpleNamespace:
         value = given.get(name)
         setattr(values, name, option.check(name, getattr(option, mode) if value is None else value))
     values.mode = mode
-    _check_together(values, {name for name, value in given.items() if value is not None})
+    _check_together(values)
     named = isinstance(values.reward, str)
     reward = REWARDS[values.reward] if named else SearchReward(_plain(values.reward), "thoughts")
     values.reward_rows = values.reward_rows or reward.rows
@@ -169,7 +169,7 @@ def _plain(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.
     return lambda logits, top_k: function(logits)
 
 
-def _check_together(values: SimpleNamespace, given: set[str]) -> None:
+def _check_together(values: SimpleNamespace) -> None:
     samples = values.num_noise_samples
     if values.baseline == "mean" and samples < 2:
         raise ValueError(

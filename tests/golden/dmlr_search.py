@@ -195,7 +195,7 @@ def test_the_gradient_of_the_reward_by_a_candidate(name: str) -> None:
     with torch.no_grad():
         loop = LatentSearch(model(), inputs, thought_mask(name, inputs["input_ids"]), settings)
     candidate = stored["candidate"].clone().requires_grad_()
-    with loop.expanded(loop.plain, 1) as cache_of_prefix:
+    with loop.plain.expanded(1) as cache_of_prefix:
         block = [[-1 - offset for offset in range(loop.num_thoughts)]]
         logits = loop.reward_logits(loop.plain, cache_of_prefix, block, candidate.unsqueeze(0), "thoughts_and_end")
     reward = settings.reward.function(logits, top_k)

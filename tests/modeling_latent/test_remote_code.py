@@ -42,10 +42,14 @@ SHARED = {
     "latent_tokens.py",
     "latent_trace.py",
     "processing_latent_images.py",
+    "search_answer.py",
+    "search_generate.py",
     "search_latent.py",
     "search_options.py",
     "search_patches.py",
+    "search_prefix.py",
     "search_rewards.py",
+    "search_state.py",
     "search_strategy.py",
 }
 QWEN = {"latent_patch_embed.py", "latent_qwen_vl.py", "processing_latent.py"}
