@@ -254,6 +254,7 @@ def append_or_die(self, worker, lines):
 
 def write_or_die(path, text):
     if path.name == point:
+        path.parent.mkdir(exist_ok=True)
         path.with_name(path.name + ".partial").write_text(text[:40])
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, text)
@@ -282,9 +283,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     """All result files, without the name of their folder."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "items")
     kept = (path for path in files if path.name != "timings.json")
-    return {
-        str(path.relative_to(folder)): path.read_bytes().replace(os.fsencode(folder.name), b"OUT") for path in kept
-    }
+    return {str(path.relative_to(folder)): path.read_bytes().replace(os.fsencode(folder), b"OUT") for path in kept}
 
 
 def indexes(folder: Path) -> list[int]:
@@ -506,7 +505,7 @@ def test_an_unreadable_image_is_named(run: Run, data: Path, tmp_path: Path) -> N
     with pytest.raises(RecordShareError, match=r"(?s)toy.json, row 1: image .*1.png' cannot be read"):
         run(*PIXELS)
     printed = run(*PIXELS, "--max_bad_share=0.5")
-    assert "2 failed: see stop_reason exception" in printed and "of 3 right" in printed
+    assert "2 failed: see the entries with stop_reason exception" in printed and "of 3 right" in printed
     # The head of this one is whole: it fails when it is opened.
     whole = tiny_images(1)[0].resize((300, 300))
     whole.save(tmp_path / "img" / "1.png")
