@@ -48,10 +48,9 @@ def answer_inputs(search: LatentSearch, result: SearchResult) -> dict[str, Any]:
     positions = positions.gather(-1, order.expand(*positions.shape[:-1], -1)).masked_fill(mask == 0, 0)
     if positions.dim() == 3:  # the stock loop of Qwen has a channel that counts tokens, before the others
         positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0).unsqueeze(0), positions])
-    is_latent = torch.nn.functional.pad(is_latent, (start, 0)).gather(1, order)
-    embeds = torch.nn.functional.pad(fed, (0, 0, start, 0)).gather(
-        1, order.unsqueeze(-1).expand(-1, -1, fed.shape[-1])
-    )
+    is_latent = nn.functional.pad(is_latent, (start, 0)).gather(1, order)
+    wide = order.unsqueeze(-1).expand(-1, -1, fed.shape[-1])
+    embeds = nn.functional.pad(fed, (0, 0, start, 0)).gather(1, wide)
     return {
         "input_ids": ids.gather(1, order).masked_fill(mask == 0, 0 if pad is None else pad),
         "attention_mask": mask,

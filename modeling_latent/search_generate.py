@@ -127,7 +127,7 @@ def check_generation(config: GenerationConfig) -> None:
     """Refuse what cannot go on from the cache that the search fills.
 
     Raises:
-        ValueError: no cache, or another one than the default.
+        ValueError: no cache, another one than the default, or a prompt in chunks.
     """
     if config.use_cache is False:
         raise ValueError("use_cache=False: the search keeps the prompt in a cache; leave use_cache out")
@@ -135,6 +135,11 @@ def check_generation(config: GenerationConfig) -> None:
         raise ValueError(
             f"cache_implementation={config.cache_implementation!r}: the answer goes on in the cache of the search, "
             "which grows; leave cache_implementation out"
+        )
+    if config.prefill_chunk_size is not None:
+        raise ValueError(
+            f"prefill_chunk_size={config.prefill_chunk_size}: the search runs the prompt itself, in one piece; leave "
+            "prefill_chunk_size out"
         )
 
 
