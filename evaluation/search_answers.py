@@ -132,7 +132,7 @@ class SearchPlan:
         options = {name: getattr(self.settings, name) for name in read if name not in ("seed", "thought_mask")}
         if "reward" in options:
             given = self.options.get("reward") or getattr(SEARCH_OPTIONS["reward"], self.mode)
-            options["reward"] = given if isinstance(given, str) else f"{given.__module__}.{given.__qualname__}"
+            options["reward"] = given if isinstance(given, str) else getattr(given, "__qualname__", repr(given))
         return {**found, **options}
 
 

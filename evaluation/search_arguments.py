@@ -138,7 +138,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "the folder of its files (default: fetched from the Hub)")  # fmt: skip
     add("--batch_size", type=int, default=None, help="questions at a time (default: 4 | 1)")
     add("--noise_stream", choices=NOISE_STREAMS, default=None, help="noise of each question by its index, or one "
-        "stream for all in turn, as published (default: item | run; in several processes always item)")  # fmt: skip
+        "stream for all in turn, as published (default: item | run; item in batches and several processes)")  # fmt: skip
     add("--empty_answers", choices=ANSWER_POLICIES, default="refuse", help="rows whose solution is empty")
     add("--max_bad_share", type=float, default=0.01, help="share of bad rows above which the script stops")
     add("--judge", choices=JUDGES, default=None, help="rules of the judge and of counting: corrected, or published "
@@ -203,6 +203,19 @@ def _check_args(args: argparse.Namespace) -> None:
         raise ValueError("--disable_save_logistics writes nothing that could be gone on with; leave it out")
     if args.device.startswith("cuda") and not torch.cuda.is_available() and not args.verify_only:
         raise ValueError(f"--device {args.device}: there is no GPU here; leave it out, or give --device cpu")
+
+
+def notices(args: argparse.Namespace) -> list[str]:
+    """What some published options do not do, in words."""
+    found = []
+    if args.mode == REFERENCE and args.num_selected_patches == 0:
+        found.append(
+            "--num_selected_patches 0 is no cap in mode reference, as published: all image tokens may be interleaved; "
+            f"--visual_injection_start_step {args.max_num_steps} interleaves none"
+        )
+    if args.mode == REFERENCE and args.use_auto_grad:
+        found.append("--use_auto_grad moves nothing in mode reference, as published; in mode paper it does")
+    return found
 
 
 def plan_of(args: argparse.Namespace, min_tokens: int | None, max_tokens: int | None, workers: int) -> SearchPlan:
@@ -288,6 +301,7 @@ __all__ = [
     "build_parser",
     "image_tokens",
     "judge_of",
+    "notices",
     "parse_args",
     "plan_of",
     "published_args",

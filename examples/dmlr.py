@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from evaluation.search_arguments import image_tokens, judge_of, parse_args, plan_of, published_args
+from evaluation.search_arguments import image_tokens, judge_of, notices, parse_args, plan_of, published_args
 from evaluation.search_questions import Question, read_questions
 from evaluation.search_runner import Workers, run_search
 from evaluation.search_verdicts import SearchJudge, Truth, verify_results
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace, folder: str) -> None:
     questions, rows = read(args)
     device = state.device if workers.number > 1 and args.device == "cuda" else torch.device(args.device)
     if workers.index == 0:
-        print(rows)
+        print("\n".join([rows, *notices(args)]))
     results = run_search(
         folder,
         questions,

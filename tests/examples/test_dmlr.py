@@ -1,4 +1,4 @@
-"""The script of DMLR: published flags, runs of stock, latent and text models, kills, processes, verdicts, bad input."""
+"""The script of DMLR: flags, runs of stock, latent and text models, kills, processes, verdicts, bad input."""
 
 import json
 import os
@@ -145,9 +145,16 @@ def test_a_dead_flag_is_refused_by_name(name: str) -> None:
 
 
 def test_flags_reach_the_search(run: Run, tmp_path: Path) -> None:
-    run("--top_k=3", "--seed=7", "--num_noise_samples=2", "--baseline=mean", "--relative_sigma", "--end_data_idx=1")
+    run(
+        "--top_k=3",
+        "--seed=7",
+        "--num_noise_samples=2",
+        "--baseline=mean",
+        "--no-inject_in_decode",
+        "--end_data_idx=1",
+    )
     settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
-    expected = {"reward_top_k": 3, "seed": 7, "num_noise_samples": 2, "baseline": "mean", "relative_sigma": True}
+    expected = {"reward_top_k": 3, "seed": 7, "num_noise_samples": 2, "baseline": "mean", "inject_in_decode": False}
     assert {name: settings[name] for name in expected} == expected
     assert (settings["sigma"], settings["lr"], settings["max_num_steps"]) == (0.1, 1e-3, 2)
     assert results(tmp_path / "out")["args"]["top_k"] == 3
@@ -222,6 +229,17 @@ def test_a_run_that_saves_nothing_but_its_logs(run: Run, tmp_path: Path) -> None
     assert found == ["reward_logs/reward_steps_000000.csv", "reward_logs/reward_steps_000001.csv"]
     run(*PIXELS, "--save_reward_csv=false", "--end_data_idx=1", out="no_logs")
     assert not (tmp_path / "no_logs" / "reward_logs").exists()
+
+
+def test_what_published_options_do_not_do_is_told(run: Run) -> None:
+    """Card 9.1, 13 and 4."""
+    printed = run(*REFERENCE, "--num_selected_patches=0", "--use_auto_grad", "--end_data_idx=1")
+    assert "--num_selected_patches 0 is no cap in mode reference" in printed
+    assert "--visual_injection_start_step 2 interleaves none" in printed
+    assert "--use_auto_grad moves nothing in mode reference" in printed
+    assert "--" not in run(*PIXELS, "--num_selected_patches=0", "--max_new_tokens=3", out="paper").replace(
+        "--max_new", ""
+    )
 
 
 def test_answers_that_are_cut_off_are_counted(run: Run) -> None:
