@@ -18,6 +18,7 @@ import pytest
 
 for _part in (
     *(f"laser_{name}" for name in ("batching", "data", "decoding", "losses")),
+    "dmlr_naive",
     "dmlr_prompts",
     "dmlr_results",
     "dmlr_search",
