@@ -137,8 +137,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--image_root", default=None, help="where image paths begin (default: beside the file, or here); of a name: "
         "the folder of its files (default: fetched from the Hub)")  # fmt: skip
     add("--batch_size", type=int, default=None, help="questions at a time (default: 4 | 1)")
-    add("--noise_stream", choices=NOISE_STREAMS, default=None, help="noise of each question by its index, or one stream "
-        "for all in turn, as published (default: item | run; in batches or several processes item)")  # fmt: skip
+    add("--noise_stream", choices=NOISE_STREAMS, default=None, help="of each question by its index, or one for all in "
+        "turn, as published (default: item | run; in batches or several processes item)")  # fmt: skip
     add("--empty_answers", choices=ANSWER_POLICIES, default="refuse", help="rows whose solution is empty")
     add("--max_bad_share", type=float, default=0.01, help="share of bad rows above which the script stops")
     add("--judge", choices=JUDGES, default=None, help="rules of the judge and of counting: corrected, or published "
