@@ -125,6 +125,7 @@ def run_search(
     workers.wait()  # all have looked before anything is written
     if workers.index == 0:
         run.begin()
+    workers.wait()  # no answer is on disk before its settings are
     mine = batches[workers.index :: workers.number]
     if mine:
         answers = SearchAnswers(*load(), plan)

@@ -72,6 +72,8 @@ class RunFolder:
                     f"{self.folder} holds the {RESULTS} of another program; give another output_dir, or judge that "
                     "file anew with verify_only"
                 )
+            if self.has_items():
+                raise ValueError(f"{self.folder} holds questions and no {RUN}; restore it, or give another output_dir")
             return
         run = read_json(path)
         found = run.get("settings") if isinstance(run, Mapping) else None

@@ -409,6 +409,15 @@ def test_another_configuration_is_refused_by_name(run: Run, tmp_path: Path) -> N
         run(questions, **same)
 
 
+def test_answers_without_their_settings_are_refused(run: Run, tmp_path: Path) -> None:
+    run([made(0)])
+    for name in ("run.json", "results.json"):
+        (tmp_path / "out" / name).unlink()
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="out holds questions and no run.json; restore it, or give another"):
+            run([made(0)], resume=resume)
+
+
 def test_a_hole_in_the_published_stream_is_refused(run: Run, tmp_path: Path) -> None:
     questions, published = [made(i) for i in range(3)], plan(REFERENCE, noise_stream="run")
     run(questions, plan=published)
