@@ -223,8 +223,8 @@ class NaiveSearch:
         ids = [*self.ids[: self.start], *[slot] * len(block), *self.ids[self.stop :]]
         return ids, {self.start + number: vector for number, vector in enumerate(block)}, where
 
-    def reward(self, thoughts: torch.Tensor, selection: dict[int, list[int]]) -> float:
-        """Of noisy thought tokens."""
+    def reward(self, thoughts: torch.Tensor, selection: dict[int, list[int]]) -> torch.Tensor:
+        """Of noisy thought tokens `(T, H)`, a number with a gradient."""
         name = self.options.get("reward", "confidence" if self.paper else "published_confidence")
         rows = self.options.get("reward_rows") or REWARDS[name].rows
         ids, vectors, where = self.laid_out(thoughts, selection)
@@ -233,7 +233,7 @@ class NaiveSearch:
             where = [len(ids) - 1]
         elif rows == "thoughts_and_end":
             where = [*where, where[0] + len(where) if not self.paper else self.start + len(vectors)]
-        return REWARDS[name].function(logits[where].unsqueeze(0), self.options.get("reward_top_k", 10)).item()
+        return REWARDS[name].function(logits[where].unsqueeze(0), self.options.get("reward_top_k", 10))[0]
 
     def select(
         self, attention: torch.Tensor, locked: dict[int, list[int]], budget: int | None
@@ -289,7 +289,7 @@ class NaiveSearch:
                     attention = self.run(ids, vectors, image=True)["attention"]
                     selection = self.select(attention, locked, budget)
                 selections.append(selection)
-                rewards.append(self.reward(thoughts + each, selection))
+                rewards.append(self.reward(thoughts + each, selection).item())
             mean = sum(rewards) / samples
             scale = samples / (samples - 1) if baseline == "mean" else 1.0
             moves = [

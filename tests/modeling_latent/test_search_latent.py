@@ -262,7 +262,7 @@ def test_relative_sigma_is_in_units_of_the_first_thoughts_of_a_row() -> None:
     inputs["input_ids"][1] = inputs["input_ids"][1].masked_fill(mask[1], 40)  # other first thoughts
     model = stock("llama")
     first = [int(inputs["input_ids"][row, mask[row]][0]) for row in range(2)]
-    units = model.get_input_embeddings().weight[first].pow(2).mean(1).sqrt()
+    units = model.get_input_embeddings().weight.detach()[first].pow(2).mean(1).sqrt()
     assert abs(units[0] - units[1]) > 1e-3
     _, _, trace = run(model, inputs, mask, **options, relative_sigma=True)
     for row in range(2):
