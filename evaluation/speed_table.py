@@ -29,12 +29,14 @@ class Settings:
         device: `"cpu"` or `"cuda"`.
         threads: of torch on a CPU.
         quick: small shapes, to see that the rows run; the bars say nothing then.
+        paper: also time what a paper describes, where the rows compare what its code does (`dmlr`).
     """
 
     repeats: int = 7
     device: str = "cpu"
     threads: int = 1
     quick: bool = False
+    paper: bool = False
 
     @property
     def clock(self) -> Clock:
@@ -117,7 +119,7 @@ def run(arguments: list[str] | None = None, description: str | None = None) -> l
         print(json.dumps(IN_PROCESS[call["function"]](settings, call["arm"])))
         return []
     args = _parse(arguments, description)
-    settings = _begin(Settings(args.repeats, args.device, args.threads, args.quick))
+    settings = _begin(Settings(args.repeats, args.device, args.threads, args.quick, args.paper))
     facts, lines = environment(settings), []
     print(json.dumps(facts))
     for name in args.rows or ROWS[args.method]:
@@ -147,6 +149,7 @@ def _parse(arguments: list[str], description: str | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default=Settings.device)
     parser.add_argument("--threads", type=int, default=Settings.threads, help="threads of torch on a CPU")
     parser.add_argument("--quick", action="store_true", help="small shapes: see that the rows run")
+    parser.add_argument("--paper", action="store_true", help='dmlr: also mode="paper", with 1 and 8 noise samples')
     parser.add_argument("--json", type=Path, default=None, help="write everything measured to this file")
     args = parser.parse_args(arguments)
     unknown = sorted(set(args.rows or ()) - set(ROWS[args.method]))

@@ -5,6 +5,7 @@
     python examples/benchmark.py laser --device cuda
     python examples/benchmark.py packing                                  # joined samples / padded ones
     python examples/benchmark.py ivtlr --repeats 5                        # dependent slots; also coconut
+    python examples/benchmark.py dmlr --repeats 5 --paper                 # search over thought tokens
     python examples/benchmark.py laser --quick --repeats 1                # small shapes: does every row run?
 
 Random models built in code; nothing is downloaded. Columns: ratio of the medians, quartiles of the ratios of the
@@ -23,7 +24,8 @@ import trl
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
 
-import evaluation.benchmark_staged  # noqa: F401 (the rows of ivtlr and coconut)
+import evaluation.benchmark_search  # noqa: F401 (the rows of dmlr)
+import evaluation.benchmark_staged  # noqa: F401 (those of ivtlr and coconut)
 from evaluation.measuring import Ratio, StepClock, peak_memory, processor_seconds, take_turns
 from evaluation.speed_table import Settings, in_fresh_process, in_process, row, run
 from modeling_latent import LATENT_CLASSES, LatentProcessor
