@@ -453,6 +453,8 @@ class LatentGenerationMixin(GenerationMixin):
         if call is not None and call.hidden_slots is not None and positions is not None:
             if positions.shape[-1] > call.hidden_slots.shape[1]:  # drafts of assisted decoding stand behind the prompt
                 kwargs["position_ids"] = positions_behind(positions, call.hidden_slots)
+        if first and call is not None and call.state is not None and call.state.cached:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - call.state.cached
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if kwargs.get("latent_plan") is not None:  # it makes the masks of its segments itself
             model_inputs["attention_mask"] = kwargs.get("attention_mask")
@@ -483,6 +485,8 @@ class LatentGenerationMixin(GenerationMixin):
         state = _state()
         if state is None:
             return super()._assisted_decoding(*args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        state.cached = 0 if cache is None else cache.get_seq_length()
         handle = self.register_forward_hook(lambda module, inputs, output: state.observe(output))
         try:
             return super()._assisted_decoding(*args, **kwargs)

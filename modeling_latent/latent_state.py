@@ -121,6 +121,7 @@ class LatentState:
         self.prompt_length = 0
         self.length = 0  # positions whose outputs are known
         self.fed = 0  # prompt positions fed so far, for chunked prefill
+        self.cached = 0  # prompt positions that a cache had before assisted decoding, which would feed them again
         self.row_options = None
         self.position_ids: torch.LongTensor | None = None
         self.rows: dict[int, _Rows] = {}  # a position without an entry is text in all rows

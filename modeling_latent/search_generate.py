@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from .latent_inputs import mask_of_prompts, replace_latents
@@ -131,7 +132,7 @@ def check_generation(config: GenerationConfig) -> None:
     """
     if config.use_cache is False:
         raise ValueError("use_cache=False: the search keeps the prompt in a cache; leave use_cache out")
-    if config.cache_implementation not in (None, "dynamic"):
+    if config.cache_implementation is not None:
         raise ValueError(
             f"cache_implementation={config.cache_implementation!r}: the answer goes on in the cache of the search, "
             "which grows; leave cache_implementation out"
@@ -161,12 +162,19 @@ def expand_cache(cache: Any, rows: int) -> None:
         cache.batch_repeat_interleave(rows)
 
 
+def _check_stock(config: GenerationConfig, assistant: Any = None) -> None:
+    """Refuse drafts: with them the loop of transformers feeds the whole prompt, also behind a cache that has it."""
+    if config.get_generation_mode(assistant) == GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            "assisted decoding (assistant_model, prompt_lookup_num_tokens) cannot go on from the cache of the search "
+            "in a stock model; leave it out, or convert_stock_checkpoint for latent_strategy='search'"
+        )
+
+
 def _as_stock_inputs(model: nn.Module, answer: dict[str, Any]) -> dict[str, Any]:
     """The inputs for a stock model: the cache has all but the last position, which may be a thought token."""
-    latents, mask = answer.pop("latent_embeds"), answer.pop("latent_mask")
-    if bool(mask[:, -1].any()):
-        embeds = model.get_input_embeddings()(answer["input_ids"])
-        answer["inputs_embeds"] = replace_latents(embeds, latents, mask)
+    embeds = model.get_input_embeddings()(answer["input_ids"])
+    answer["inputs_embeds"] = replace_latents(embeds, answer.pop("latent_embeds"), answer.pop("latent_mask"))
     return answer
 
 
@@ -184,8 +192,7 @@ def generate_with_search(model: nn.Module, inputs: torch.Tensor | None = None, *
         `return_dict_in_generate=True` also `search`, a [`SearchResult`].
 
     Raises:
-        ValueError: see [`search_prompts_of`] and [`check_generation`]; drafts of assisted decoding for prompts that
-            end with their thought tokens.
+        ValueError: assisted decoding; see also [`search_prompts_of`] and [`check_generation`].
     """
     if inputs is not None and kwargs.get("input_ids") is None:
         kwargs["input_ids"] = inputs
@@ -198,13 +205,8 @@ def generate_with_search(model: nn.Module, inputs: torch.Tensor | None = None, *
     prompt = {name: kwargs.pop(name) for name in list(kwargs) if name in taken or name in tensors}
     config = _generation_config(model, kwargs)
     check_generation(config)
+    _check_stock(config, kwargs.get("assistant_model"))
     answer, result = search_prompts_of(model, prompt, options)
-    drafts = [name for name in ("assistant_model", "prompt_lookup_num_tokens") if kwargs.get(name) is not None]
-    if drafts and bool(answer["latent_mask"][:, -1].any()):
-        raise ValueError(
-            f"{drafts[0]}: a stock model cannot draft behind a prompt that ends with its thought tokens; put them "
-            f"before the end of the user's turn (thought_mask), or leave {drafts[0]} out"
-        )
     expand_cache(answer["past_key_values"], max(config.num_beams or 1, config.num_return_sequences or 1))
     penalty = config.repetition_penalty
     if search_mode(options) == "reference" and penalty not in (None, 1.0):
@@ -260,8 +262,7 @@ def search_decoding(
     """Decoding loop for `generate(custom_generate=search_decoding, ...)` of a stock model: the search, then the stock
     loop of greedy decoding and sampling.
 
-    transformers hands such a loop no streamer and no assistant, and does not say so; [`generate_with_search`] takes
-    both.
+    transformers hands such a loop no streamer and does not say so; [`generate_with_search`] takes one.
 
     Raises:
         ValueError: beams and several returned sequences, for which the loop gets its prompts more than once; drafts; a
@@ -270,13 +271,14 @@ def search_decoding(
     given = locals()
     options = {name: given[name] for name in SEARCH_OPTIONS if given.get(name) is not None}
     remedy = "with custom_generate=search_decoding, which writes one sequence a prompt; call generate_with_search(...)"
-    for name in ("num_beams", "num_return_sequences", "prompt_lookup_num_tokens"):
+    for name in ("num_beams", "num_return_sequences"):
         value = getattr(generation_config, name)
         if value not in (None, 1):
             raise ValueError(f"{name}={value} {remedy} instead")
     if hasattr(model, "replay"):
         raise ValueError("custom_generate=search_decoding is for stock models; pass latent_strategy='search' instead")
     check_generation(generation_config)
+    _check_stock(generation_config)
     positions = model_kwargs.pop("position_ids", None)
     for name in ("past_key_values", "logits_to_keep"):
         model_kwargs.pop(name, None)
