@@ -51,6 +51,11 @@ from .modeling_latent_qwen3_vl import LatentQwen3VLForConditionalGeneration, Lat
 from .processing_latent import LatentProcessor
 from .processing_latent_chameleon import LatentChameleonProcessor
 from .processing_latent_text import LatentTextProcessor
+from .search_folder import save_search_folder
+from .search_generate import generate_with_search, search_decoding
+from .search_options import SEARCH_OPTIONS
+from .search_prompts import SearchPrompt, search_prompt, search_prompts
+from .search_state import SearchResult
 
 for _config, _model in LATENT_CLASSES.values():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -70,6 +75,7 @@ __all__ = [
     "LATENT_OPTIONS",
     "LATENT_PROCESSORS",
     "LATENT_STRATEGIES",
+    "SEARCH_OPTIONS",
     "STOP_RULES",
     "LatentCausalLM",
     "LatentCausalLMConfig",
@@ -98,10 +104,13 @@ __all__ = [
     "LatentStrategy",
     "LatentTextProcessor",
     "LatentTrace",
+    "SearchPrompt",
+    "SearchResult",
     "Visibility",
     "capture_attention_rows",
     "convert_published_checkpoint",
     "convert_stock_checkpoint",
+    "generate_with_search",
     "get_latent_method",
     "hidden_positions",
     "image_visibility",
@@ -115,6 +124,10 @@ __all__ = [
     "register_latent_strategy",
     "register_stop_rule",
     "replace_latents",
+    "save_search_folder",
     "saved_generation_config",
+    "search_decoding",
+    "search_prompt",
+    "search_prompts",
     "visible_attention",
 ]

@@ -147,7 +147,7 @@ def capture_attention_rows(
 
 # The captures that are open, each with the modules of its decoder: contexts of two models, or of one, may be nested.
 _OPEN: list[tuple[set[nn.Module], Callable[..., None]]] = []
-_SUFFIX = "_rows"
+_SUFFIX = f"_rows_{id(_OPEN):x}"  # of this file alone: a process may have code of several repositories
 
 
 def _observed_implementation(base: str) -> str:

@@ -143,7 +143,7 @@ def visible_attention(model: PreTrainedModel, rules: Sequence[Visibility]) -> It
 
 # The contexts that are open, each with the configuration of its decoder.
 _OPEN: list[tuple[PreTrainedConfig, tuple[Visibility, ...]]] = []
-_SUFFIX = "_visible"
+_SUFFIX = f"_visible_{id(_OPEN):x}"  # of this file alone: a process may have code of several repositories
 
 
 def check_visibility(implementation: str) -> None:

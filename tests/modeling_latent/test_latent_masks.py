@@ -1,7 +1,9 @@
 """Rules of who may attend to whom: as numbers against loops over pairs, and inside models against dense masks."""
 
 import copy
+import importlib.util
 import math
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -20,6 +22,7 @@ from modeling_latent.latent_masks import (
     visibility_bias,
     visible_attention,
 )
+from tests.hub import ROOT
 from tests.naive_learned import NaiveBackbone, NaiveChameleon, NaiveQwenVL
 from tests.test_matrix import BACKBONES, Prefer, left_pad
 
@@ -298,6 +301,37 @@ def test_models_do_not_share_rules(model: Any, batch: dict[str, torch.Tensor]) -
         assert torch.equal(states(other, batch), plain)
         with visible_attention(other, [second]):
             assert torch.equal(states(model, batch), mine) and torch.equal(states(other, batch), expected)
+
+
+def test_two_copies_of_the_code_in_a_process(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """As the folders of two models bring them: each applies its own rules, and captures, beside and inside the
+    other."""
+    masks, attention = (another_copy(name) for name in ("latent_masks", "latent_attention"))
+    rules, more = rules_of(batch, (-INF,)), rules_of(batch, (-2.0,))
+    with visible_attention(model, [*rules, *more]), capture_attention_rows(model) as captured:
+        expected = states(model, batch)
+    for ours, theirs in ((rules, more), (more, rules)):
+        with visible_attention(model, ours), masks.visible_attention(model, theirs):
+            with attention.capture_attention_rows(model) as inner, capture_attention_rows(model) as outer:
+                torch.testing.assert_close(states(model, batch), expected, atol=1e-4, rtol=0)
+        for found in (inner, outer):
+            torch.testing.assert_close(found.mean(), captured.mean(), atol=1e-5, rtol=0)
+    with masks.visible_attention(model, [*rules, *more]):
+        torch.testing.assert_close(states(model, batch), expected, atol=1e-4, rtol=0)
+
+
+def another_copy(name: str) -> Any:
+    """A file of the library as another module."""
+    spec = importlib.util.spec_from_file_location(
+        f"modeling_latent.copy_of_{name}", f"{ROOT}/modeling_latent/{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
+    return module
 
 
 def test_the_first_layer_attends_by_the_rules(model: Any, batch: dict[str, torch.Tensor]) -> None:
