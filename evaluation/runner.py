@@ -12,6 +12,8 @@ from modeling_latent import LatentTrace
 from trainers.data.records import Record, RecordError, open_image, record_from_row, record_origin
 from trainers.data.staged_formats import chat_prompt
 
+from .thoughts import ThoughtPlace
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -22,12 +24,13 @@ class Prediction:
         text: the text, latents hidden.
         latent_path: the text with every span shown as what its slots would have said; learned tokens that the model
             wrote itself by their names.
-        num_latent_steps: slots fed, and learned tokens, laid out or written by the model.
+        num_latent_steps: slots fed, and learned and thought tokens, laid out or written by the model.
         num_tokens: generated positions in all: slots, learned tokens, markers and text up to the end of the turn;
             inserted image embeddings do not count.
         closed_by: stop rule of each span, `"open"` when the budget ended it.
         num_markers: those of `num_tokens` that are markers laid out around the slots (strategy `staged`).
-        num_prefilled: those of `num_tokens` that are learned tokens laid out behind the prompt (strategy `learned`).
+        num_prefilled: those of `num_tokens` that are learned tokens laid out behind the prompt (strategy `learned`) or
+            thought tokens in it (`search`, whose steps do not count).
         raw: the new text with its special tokens, as published scorers read it; nothing that was laid out.
     """
 
@@ -63,6 +66,7 @@ def predict(
     progress: bool = False,
     prompt: Callable[[Record], str] | None = None,
     processor_options: Mapping[str, Any] | None = None,
+    thoughts: str = "turn",
     **generate_options: Any,
 ) -> list[Prediction]:
     """Generate an answer for every record, greedily unless `do_sample=True` is passed.
@@ -80,6 +84,8 @@ def predict(
         progress: show a progress bar.
         prompt: from a record to its whole prompt, an image token for each image; default: [`build_prompt`].
         processor_options: of the processor's call, e.g. `{"add_special_tokens": False}`.
+        thoughts: where the thought tokens of the strategy `search` stand: `"turn"`, placeholders at the end of the
+            user's turn, or `"question"`, its last tokens.
         generate_options: for `generate`, e.g. `latent_strategy="off"`.
 
     Raises:
@@ -92,6 +98,10 @@ def predict(
         raise ValueError(f"instruction={instruction!r} beside a prompt of your own; write it into the prompt")
     records = [_with_images(record_from_row(record), processor) for record in records]
     prompts = [build_prompt(processor, each, instruction) if prompt is None else prompt(each) for each in records]
+    place = ThoughtPlace.of(model, processor, generate_options, thoughts)
+    if place is not None:
+        prompts = [place.in_prompt(each) for each in prompts]
+        generate_options.pop("thought_token_id", None)
     sizes = [sum(image.width * image.height for image in record["images"]) for record in records]
     order = sorted(range(len(records)), key=lambda i: (sizes[i], len(prompts[i])))
     results: list[Prediction | None] = [None] * len(records)
@@ -107,6 +117,7 @@ def predict(
                 [prompts[i] for i in part],
                 {"max_new_tokens": max_new_tokens, "do_sample": False, **generate_options},
                 processor_options or {},
+                place,
             )
             for index, prediction in zip(part, batch, strict=True):
                 results[index] = prediction
@@ -129,17 +140,24 @@ def _predict_batch(
     prompts: Sequence[str],
     options: dict[str, Any],
     processor_options: Mapping[str, Any],
+    place: ThoughtPlace | None,
 ) -> list[Prediction]:
     images = [record["images"] for record in records]
     pictures = {"images": images} if any(images) else {}
     inputs = processor(
         text=list(prompts), **pictures, padding=True, padding_side="left", return_tensors="pt", **processor_options
     ).to(model.device)
+    if place is not None:
+        options = {**options, "thought_mask": place.mask(inputs)}
     output = model.generate(**inputs, return_dict_in_generate=True, **options)
     trace, start = output.get("latent_trace"), inputs["input_ids"].shape[1]
     written = output.sequences[:, start if trace is None else trace.prompt_length :]
     replies = _replies(written, model, processor, records, options)
-    return replies if trace is None else _with_latents(replies, output.sequences, trace, start, processor)
+    if trace is None:
+        return replies
+    found = output.get("search")
+    thoughts = None if found is None else found.thoughts.shape[1]
+    return _with_latents(replies, output.sequences, trace, start, processor, thoughts)
 
 
 def _replies(
@@ -168,8 +186,10 @@ def _with_latents(
     trace: LatentTrace,
     start: int,
     processor: ProcessorMixin,
+    thoughts: int | None = None,
 ) -> list[Prediction]:
-    """The replies with the slots and with what was laid out behind the prompts, which are `start` columns long."""
+    """The replies with the slots and with what was laid out behind the prompts, which are `start` columns long, or
+    with the thought tokens in them."""
     start, device = _start_of_layout(trace, start), sequences.device
     new = _without_prompt(sequences[:, start:], trace, start, processor)
     latents = trace.latent_mask[:, start:] | torch.isin(new, _learned(processor, device))
@@ -183,6 +203,9 @@ def _with_latents(
             _learned(processor, device),
         )
     )
+    if thoughts is not None:  # copies of image tokens between them do not count
+        steps, prefilled = [thoughts] * len(replies), [thoughts] * len(replies)
+        slots = markers = [0] * len(replies)
     return [
         replace(
             reply,
