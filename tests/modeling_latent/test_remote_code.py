@@ -60,6 +60,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "off": {"latent_strategy": "off"},
     "fixed": {"latent_strategy": "fixed", "num_latent_steps": [2, 3], "force_span": True},
     "dynamic": {"latent_strategy": "dynamic", "max_latent_steps": 4, "latent_answer_ids": [40]},
+    "search": {"latent_strategy": "search", "num_thought_tokens": 2, "max_num_steps": 2, "sigma": 0.3},
     "beams": {"latent_strategy": "dynamic", "max_latent_steps": 2, "num_beams": 2},
 }
 
