@@ -30,6 +30,8 @@ UNSAVED = ("thought_mask", "seed")  # of one call
 def search_thoughts(model: nn.Module, model_kwargs: dict, options: LatentOptions) -> dict:
     """`layout` of the strategy: search, then the prompt of the answer with its cache."""
     given = {name: getattr(options.values, name) for name in SEARCH_OPTIONS}
+    if given["thought_mask"] is not None:  # which wins over saved options that lay thought tokens out
+        given |= {name: None for name in ("num_thought_tokens", "thought_token_id") if name not in options.given}
     answer, result = search_prompts_of(model, model_kwargs, given)
     options.outputs["search"] = result
     if callable(options.values.reward):  # the trace, which has the options, is a file at last

@@ -318,6 +318,13 @@ def test_defaults_are_saved_with_the_model(tmp_path: Path) -> None:
     changed = {"inject_in_decode": True, "max_num_steps": 0, "reward": "confidence"}
     expected = call("strategy", "qwen2_5_vl", inputs, **{**saved, **changed})
     same(loaded.generate(**inputs, **PLAIN, **walk, **changed), expected)
+    # A mask of thought tokens wins over the saved number of them; one that is given beside it does not agree.
+    loaded.generation_config.thought_token_id = 40
+    found = loaded.generate(**inputs, **PLAIN, **walk, thought_mask=mask)
+    expected = call("strategy", "qwen2_5_vl", inputs, **{**saved, "num_thought_tokens": 3}, thought_mask=mask)
+    same(found, expected)
+    with pytest.raises(ValueError, match=r"num_thought_tokens=2, and thought_mask marks \[3\]"):
+        loaded.generate(**inputs, **PLAIN, thought_mask=mask, num_thought_tokens=2)
     off = loaded.generate(**inputs, **PLAIN, latent_strategy="off")
     assert off.sequences.shape[1] == mask.shape[1] + NEW and "search" not in off
     for name in ("thought_mask", "seed"):
