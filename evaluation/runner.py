@@ -85,7 +85,7 @@ def predict(
         prompt: from a record to its whole prompt, an image token for each image; default: [`build_prompt`].
         processor_options: of the processor's call, e.g. `{"add_special_tokens": False}`.
         thoughts: where the thought tokens of the strategy `search` stand: `"turn"`, placeholders at the end of the
-            user's turn, or `"question"`, its last tokens.
+            user's turn, `"question"`, its last tokens, or `"reply"`, behind the prompt, as `generate` lays them.
         generate_options: for `generate`, e.g. `latent_strategy="off"`.
 
     Raises:

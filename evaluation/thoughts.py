@@ -4,7 +4,8 @@
 never seen anything. The published code puts placeholders at the end of the user's turn, and so does an evaluation. The
 text around them stays as it is (`modeling_latent/search_prompts.py` has the published one, `examples/dmlr.py` asks
 with it). A model that has never seen the placeholders may be hurt by them alone, so compare with
-`search:max_num_steps=0`; where the last words of the question are the thought tokens, nothing is added.
+`search:max_num_steps=0`; where the last words of the question are the thought tokens, nothing is added, and a model
+that was trained with tokens of its own behind the prompt (pause tokens, slots) can have them there.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from modeling_latent.search_options import SEARCH_OPTIONS
 from modeling_latent.search_prompts import DEFAULT_PLACEHOLDER
 
-PLACES = ("turn", "question")
+PLACES = ("turn", "question", "reply")
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,14 @@ class ThoughtPlace:
     def of(
         cls, model: PreTrainedModel, processor: Any, options: Mapping[str, Any], place: str = "turn"
     ) -> "ThoughtPlace | None":
-        """What the options of `generate` ask for; `None` for another strategy, or thought tokens that are marked.
+        """What the options of `generate` ask for; `None` for another strategy, thought tokens that are marked, or
+        those that `generate` lays out itself, behind the prompt.
 
         Args:
             model: whose saved options count where the call has none.
             processor: with a tokenizer.
             options: of `generate`.
-            place: one of `PLACES`.
+            place: one of `PLACES`; `"reply"` is where `generate` lays them out.
 
         Raises:
             ValueError: an unknown place, or a tokenizer without a placeholder.
@@ -62,7 +64,7 @@ class ThoughtPlace:
         def option(name: str) -> Any:
             return next((source[name] for source in sources if source.get(name) is not None), None)
 
-        if option("latent_strategy") != "search" or option("thought_mask") is not None:
+        if place == "reply" or option("latent_strategy") != "search" or option("thought_mask") is not None:
             return None
         number = option("num_thought_tokens")
         if number is None:

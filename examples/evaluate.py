@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--vote", type=int, nargs="+", default=[], metavar="N", help="also the plan that most of N "
         "sampled replies say (at --temperature, or 1), of the first strategy")  # fmt: skip
     parser.add_argument("--thoughts", choices=PLACES, default=PLACES[0], help="thought tokens of the strategy search: "
-        "placeholders at the end of the user's turn, or the last tokens of the question")  # fmt: skip
+        "placeholders at the end of the user's turn, last tokens of the question, or behind the prompt")  # fmt: skip
     args = parser.parse_args()
     if any(number < 1 for number in args.vote):
         raise ValueError(f"--vote {args.vote}: give numbers of replies, 1 or more")

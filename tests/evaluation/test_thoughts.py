@@ -121,6 +121,19 @@ def test_another_placeholder(parts: tuple[Any, Any], records: list[Record]) -> N
     assert found.raw == processor.decode(ids[-5:])
 
 
+def test_behind_the_prompt(parts: tuple[Any, Any], records: list[Record]) -> None:
+    """`generate` lays latent tokens out; another id is taken as given."""
+    model, processor = parts
+    options = {**SEARCH, "num_thought_tokens": 2}
+    inputs = inputs_of(processor, records[0], build_prompt(processor, records[0]))
+    for more in ({}, {"thought_token_id": processor.tokenizer.convert_tokens_to_ids("<|im_start|>")}):
+        (found,) = predict(model, processor, records[:1], thoughts="reply", **options, **more)
+        ids = model.generate(**inputs, do_sample=False, **options, **more)[0]
+        assert ids[-7:-5].tolist() == [more.get("thought_token_id", model.config.latent_token_id)] * 2
+        assert found.raw == processor.decode(ids[-5:])
+        assert (found.num_latent_steps, found.num_prefilled, found.num_tokens) == (2, 2, 7)
+
+
 def test_what_is_refused(parts: tuple[Any, Any], records: list[Record]) -> None:
     model, processor = parts
     with pytest.raises(ValueError, match="thoughts='slots' is unknown; choose one of"):
