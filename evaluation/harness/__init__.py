@@ -1,0 +1,1 @@
+"""Evaluation runs: benchmarks, strategies and step counts in one call, resumable and in several processes."""
