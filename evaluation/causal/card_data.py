@@ -259,7 +259,7 @@ class CausalCard:
             values["items"] = [_item_view(view) for view in values["items"]]
             return cls(**values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no causal card ({error!r}); write it again with examples/diagnose.py") from error
+            raise ValueError(f"{path} is no causal card ({error!r}); write it with examples/diagnose.py") from error
 
 
 def _item_view(values: Mapping[str, Any]) -> ItemView:
