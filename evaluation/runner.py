@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from modeling_latent import LatentTrace
 from trainers.data.records import Record, RecordError, open_image, record_from_row, record_origin
@@ -96,7 +96,7 @@ def predict(
         raise ValueError(f"batch_size={batch_size!r} must be at least 1")
     if instruction and prompt is not None:
         raise ValueError(f"instruction={instruction!r} beside a prompt of your own; write it into the prompt")
-    records = [_with_images(record_from_row(record), processor) for record in records]
+    records = [with_images(record_from_row(record), processor) for record in records]
     prompts = [build_prompt(processor, each, instruction) if prompt is None else prompt(each) for each in records]
     place = ThoughtPlace.of(model, processor, generate_options, thoughts)
     if place is not None:
@@ -110,7 +110,7 @@ def predict(
     try:
         for first in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress):
             part = order[first : first + batch_size]
-            batch = _predict_batch(
+            batch = generate_batch(
                 model,
                 processor,
                 [records[i] for i in part],
@@ -119,29 +119,43 @@ def predict(
                 processor_options or {},
                 place,
             )
-            for index, prediction in zip(part, batch, strict=True):
+            for index, prediction in zip(part, batch.predictions, strict=True):
                 results[index] = prediction
     finally:
         model.train(was_training)
     return results
 
 
-def _with_images(record: Record, processor: ProcessorMixin) -> Record:
+def with_images(record: Record, processor: ProcessorMixin) -> Record:
+    """The record with its images opened.
+
+    Raises:
+        RecordError: an image that cannot be read, or that a processor of text alone does not take.
+    """
     if record["images"] and not hasattr(processor, "image_processor"):
         reason = f"{len(record['images'])} images, and {type(processor).__name__} reads text alone; drop them"
         raise RecordError(*record_origin(record), reason)
     return {**record, "images": [open_image(image, record) for image in record["images"]]}
 
 
-def _predict_batch(
+class GeneratedBatch(NamedTuple):
+    """What one call of `generate` was given and returned: the processed prompts, the output, the predictions."""
+
+    inputs: BatchFeature
+    output: Any
+    predictions: list[Prediction]
+
+
+def generate_batch(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     records: Sequence[Record],
     prompts: Sequence[str],
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     processor_options: Mapping[str, Any],
-    place: ThoughtPlace | None,
-) -> list[Prediction]:
+    place: ThoughtPlace | None = None,
+) -> GeneratedBatch:
+    """One batch of [`predict`]; images of the records are open ([`with_images`]), options are those of `generate`."""
     images = [record["images"] for record in records]
     pictures = {"images": images} if any(images) else {}
     inputs = processor(
@@ -153,11 +167,11 @@ def _predict_batch(
     trace, start = output.get("latent_trace"), inputs["input_ids"].shape[1]
     written = output.sequences[:, start if trace is None else trace.prompt_length :]
     replies = _replies(written, model, processor, records, options)
-    if trace is None:
-        return replies
-    found = output.get("search")
-    thoughts = None if found is None else found.thoughts.shape[1]
-    return _with_latents(replies, output.sequences, trace, start, processor, thoughts)
+    if trace is not None:
+        found = output.get("search")
+        thoughts = None if found is None else found.thoughts.shape[1]
+        replies = _with_latents(replies, output.sequences, trace, start, processor, thoughts)
+    return GeneratedBatch(inputs, output, replies)
 
 
 def _replies(
