@@ -30,6 +30,7 @@ class Visibility:
         keys: `(batch, length)` bool, positions that are looked at.
         bias: added to the logits; `-inf` hides.
         later: whether positions behind `length`, those that are decoded, are queries as well.
+        layers: indices of the decoder layers that it holds in, `None` for all.
 
     A position never loses itself.
     """
@@ -38,6 +39,7 @@ class Visibility:
     keys: torch.BoolTensor
     bias: float = -math.inf
     later: bool = True
+    layers: frozenset[int] | None = None
 
     def pairs(self, rows: int, query_index: torch.LongTensor, key_index: torch.LongTensor) -> torch.BoolTensor:
         """`(rows, queries, keys)` pairs of positions that the rule is for; `rows` is a multiple of its batch."""
@@ -174,31 +176,50 @@ def _implementation(base: str) -> str:
         raise ValueError(f"attention implementation {base!r} is not in the attention interface; use 'sdpa' or 'eager'")
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS[base]
 
-    def attend(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (kernel or eager_attention_of(module))(module, *args, **kwargs)
+    def attend(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> Any:
+        owner = getattr(module, "config", None)
+        rules = [rule for config, found in _OPEN if config is owner for rule in found if rule.layers is not None]
+        rules = [rule for rule in rules if module.layer_idx in rule.layers]
+        if rules:
+            keys = torch.arange(key.shape[2], device=key.device)
+            mask = _with_rules(mask[..., : len(keys)], rules, len(query), keys[-query.shape[2] :], keys, query.dtype)
+        return (kernel or eager_attention_of(module))(module, query, key, value, mask, **kwargs)
 
     def masked(batch_size: int, q_length: int, kv_length: int, **options: Any) -> torch.Tensor | None:
         config = options.get("config")
-        rules = [rule for owner, found in _OPEN if owner is config for rule in found]
+        rules = [rule for owner, found in _OPEN if owner is config for rule in found if rule.layers is None]
         options["allow_is_causal_skip"] = False
         mask = make_mask(batch_size, q_length, kv_length, **options)
         device = mask.device
         queries = torch.arange(q_length, device=device) + options.get("q_offset", 0)
         keys = torch.arange(kv_length, device=device) + options.get("kv_offset", 0)
-        bias = visibility_bias(rules, batch_size, queries, keys).unsqueeze(1)
-        if mask.dtype == torch.bool:
-            if all(math.isinf(rule.bias) for rule in rules):
-                return mask & ~bias.isinf()
-            dtype = options.get("dtype", torch.float32)
-            mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, lowest(dtype))
-        hidden = bias.isinf()
-        # Hidden entries stay as they are: the lowest number and a further one would overflow.
-        added = torch.where(mask > lowest(mask.dtype), bias.masked_fill(hidden, 0.0), 0.0).to(mask.dtype)
-        return (mask + added).masked_fill(hidden, lowest(mask.dtype))
+        return _with_rules(mask, rules, batch_size, queries, keys, options.get("dtype", torch.float32))
 
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, masked)
     return name
+
+
+def _with_rules(
+    mask: torch.Tensor,
+    rules: Sequence[Visibility],
+    rows: int,
+    query_index: torch.LongTensor,
+    key_index: torch.LongTensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """A dense mask, bool or added to the logits, with the rules in it; in `dtype` where a bool mask cannot damp."""
+    bias = visibility_bias(rules, rows, query_index, key_index).unsqueeze(1)
+    if mask.dtype == torch.bool:
+        if all(math.isinf(rule.bias) for rule in rules):
+            return mask & ~bias.isinf()
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest(dtype))
+    hidden = bias.isinf()
+    # Hidden entries stay as they are: the lowest number and a further one would overflow.
+    added = torch.where(mask > lowest(mask.dtype), bias.masked_fill(hidden, 0.0), 0.0).to(mask.dtype)
+    return (mask + added).masked_fill(hidden, lowest(mask.dtype))
 
 
 def lowest(dtype: torch.dtype) -> float:
