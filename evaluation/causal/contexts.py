@@ -55,6 +55,7 @@ class CleanItem:
         reply_ids: ids behind the context, with the end of the turn.
         budget: how many ids a reply may have.
         prediction: of the clean `generate`.
+        strategy: name of the strategy that decoded it.
     """
 
     record: Record
@@ -72,6 +73,7 @@ class CleanItem:
     reply_ids: tuple[int, ...]
     budget: int
     prediction: Prediction
+    strategy: str
 
 
 @torch.no_grad()
@@ -184,6 +186,7 @@ def _item(
         reply_ids=tuple(reply),
         budget=max(budget - max(end - trace.prompt_length, 0), 0),
         prediction=prediction,
+        strategy=trace.info["strategy"],
     )
 
 

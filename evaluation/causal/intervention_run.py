@@ -79,11 +79,7 @@ class InterventionRun:
         self.banned = [self.ids.slot, self.ids.patch, self.ids.start, *self.ids.learned]
 
     def run(self, interventions: Sequence[Intervention]) -> dict[str, ConditionResult]:
-        """The clean condition and all others, in order.
-
-        Args:
-            interventions: those of the families input and `force_span` read their items from `further`.
-        """
+        """The clean condition and all others, in order; those that are in `further` read their items there."""
         conditions = [CLEAN, *interventions]
         found: dict[str, list[Measured | None]] = {each.name: [] for each in conditions}
         self._layer_means(conditions)
@@ -97,7 +93,7 @@ class InterventionRun:
     # One batch
 
     def _run_batch(self, part: range, conditions: Sequence[Intervention]) -> dict[str, list[Measured | None]]:
-        shared = self._shared([self.items[index] for index in part])
+        shared = self.shared([self.items[index] for index in part])
         clean = self._measure(shared, part, [self._clean_row(index) for index in part])
         found: dict[str, list[Measured | None]] = {CLEAN.name: list(clean)}
         for each in conditions[1:]:
@@ -109,7 +105,8 @@ class InterventionRun:
             base.first = None
         return found
 
-    def _shared(self, items: Sequence[CleanItem], edges: Sequence[Any] = ()) -> SharedPrompts:
+    def shared(self, items: Sequence[CleanItem], edges: Sequence[Any] = ()) -> SharedPrompts:
+        """The prompts of some items, run."""
         images = [item.record["images"] for item in items]
         pictures = {"images": images} if any(images) else {}
         inputs = self.processor(
@@ -122,7 +119,7 @@ class InterventionRun:
         return clean_row(self.items[index], self.ids)
 
     def _condition(self, shared: SharedPrompts, part: range, each: Intervention) -> list[Measured | None]:
-        if each.family == "input" or each.rule == "force_span":
+        if each.name in self.further:
             return self._asked_anew(part, each)
         if each.family == "graft":
             return self._grafted(part, each)
@@ -139,7 +136,7 @@ class InterventionRun:
             return [None] * len(part)
         edges = each.cut_edges(len(decoder_layers(self.model))) if each.edges else ()
         if any(edge.in_prefix for edge in edges):
-            shared = self._shared([self.items[index] for index in part], edges)
+            shared = self.shared([self.items[index] for index in part], edges)
         states = self._states(part, rows, each) if each.family == "state" else None
         measured = self._measure(shared, part, rows, edges, states)
         return [own if is_applied else None for own, is_applied in zip(measured, applied, strict=True)]
@@ -217,7 +214,7 @@ class InterventionRun:
         if known:
             present = [items[place] for place in known]
             rows = [clean_row(item, self.ids) for item in present]
-            measured = self._measure(self._shared(present), [part[place] for place in known], rows, items=present)
+            measured = self._measure(self.shared(present), [part[place] for place in known], rows, items=present)
             for place, own in zip(known, measured, strict=True):
                 found[place] = own
         return found
@@ -241,7 +238,7 @@ class InterventionRun:
             raise NotApplicable(f"item {item.record['id']!r} has no latents, or there is no other item")
         images = self.items[donor].record["images"]
         other = replace(item, record={**item.record, "images": images})
-        shared, graft = self._shared([item]), self._shared([other])
+        shared, graft = self.shared([item]), self.shared([other])
         head, tail = (
             Row(row.cells[: last + 1], row.cells[last].offset + 1),
             Row(row.cells[last + 1 :], row.next_offset),
@@ -260,7 +257,7 @@ class InterventionRun:
             return
         for first in range(0, len(self.items), self.batch_size):
             items = self.items[first : first + self.batch_size]
-            self._layers += self._shared(items).layer_states([clean_row(item, self.ids) for item in items])
+            self._layers += self.shared(items).layer_states([clean_row(item, self.ids) for item in items])
 
     def _states(self, part: range, rows: Sequence[Row], each: Intervention) -> list[torch.Tensor | None]:
         return [self._state(index, each) for index in part]

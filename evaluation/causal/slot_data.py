@@ -94,6 +94,11 @@ class SlotData:
     # Statistics of the clean run
 
     @cached_property
+    def embedding_norm(self) -> float:
+        """Mean norm of the token embeddings."""
+        return float(self.embeddings.norm(dim=-1).mean())
+
+    @cached_property
     def mean_by_number(self) -> torch.Tensor:
         """`(K, H)` mean over the items of the latent with that number."""
         most = max((len(item.inputs) for item in self.items), default=0)
