@@ -6,6 +6,7 @@
     python examples/benchmark.py packing                                  # joined samples / padded ones
     python examples/benchmark.py ivtlr --repeats 5                        # dependent slots; also coconut
     python examples/benchmark.py dmlr --repeats 5 --paper                 # search over thought tokens
+    python examples/benchmark.py card --repeats 5                         # interventions / the clean run
     python examples/benchmark.py laser --quick --repeats 1                # small shapes: does every row run?
 
 Random models built in code; nothing is downloaded. Columns: ratio of the medians, quartiles of the ratios of the
@@ -21,12 +22,20 @@ from typing import Any
 
 import torch
 import trl
+from PIL import Image
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
 
 import evaluation.benchmark_search  # noqa: F401 (the rows of dmlr)
 import evaluation.benchmark_staged  # noqa: F401 (those of ivtlr and coconut)
+from evaluation.benchmarks.benchmark import AskProtocol, Benchmark, Scored
+from evaluation.causal.answering import item_answers
+from evaluation.causal.contexts import CleanItem, clean_items
+from evaluation.causal.intervention_run import InterventionRun
+from evaluation.causal.interventions import parse_intervention
+from evaluation.causal.slot_data import SlotData
 from evaluation.measuring import Ratio, StepClock, peak_memory, processor_seconds, take_turns
+from evaluation.runner import build_prompt
 from evaluation.speed_table import Settings, in_fresh_process, in_process, row, run
 from modeling_latent import LATENT_CLASSES, LatentProcessor
 from trainers import LatentSFTConfig, LatentSFTTrainer
@@ -412,6 +421,60 @@ def fused_memory(settings: Settings) -> list[Ratio]:
         name = f"memory: fused DWAL / naive on full logits, {case}"
         lines.append(Ratio(name, taken["fused"], taken["naive"], 0.2, unit="MiB", clock="rise in a fresh process"))
     return lines
+
+
+# Interventions -----------------------------------------------------------------------------------------------------
+
+INTERVENTIONS = (
+    "identity", "zero", "gauss_norm", "mean", "shuffle_items", "markers_only", "slots_only", "no_span", "filler(.)",
+    "A⇸L", "all⇸L", "noise_rel(0.5)",
+)  # fmt: skip
+
+
+def run_once(function: Callable[[], Any]) -> None:
+    """A run whose result is not a measured number."""
+    function()
+
+
+@row("card")
+def interventions(settings: Settings) -> list[Ratio]:
+    """Twelve interventions, one of them with slots worked out again, over the clean run that they edit: prompts of 520
+    tokens with an image, eight slots and eight tokens of text. The second line also scores the gold answer."""
+    shape, items, length = settings.small((MEDIUM, 16, 470), (TINY, 4, 40))
+    model, prompts = stock_and_latent(shape, settings)[1], processor()
+    noise = torch.randint(0, 256, (items, 196, 196, 3), generator=torch.Generator().manual_seed(0))
+    records = [
+        make_record(str(number), "a" * length, "Here", [Image.fromarray(pixels.numpy().astype("uint8"))])
+        for number, pixels in enumerate(noise)
+    ]
+    ask = AskProtocol("benchmark", "", build_prompt, lambda record, prediction: Scored(True, ""), 18)
+    benchmark = Benchmark("benchmark", "benchmark", (), list, {"default": ask}, str, None, lambda record: None,
+                          lambda record: record["answer"])  # fmt: skip
+    options = {"latent_strategy": "fixed", "num_latent_steps": 8, "force_span": True, "force_end": True}
+
+    def clean() -> list[CleanItem]:
+        return clean_items(model, prompts, records, ask, batch_size=items, **options)
+
+    def filler(text: str) -> list[int]:
+        return prompts.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    known = clean()
+    answers = [item_answers(prompts.tokenizer, benchmark, ask, record) for record in records]
+    data = SlotData(known, ["Here"] * items, 0, model.get_input_embeddings().weight.detach().cpu())
+    edits = [parse_intervention(text) for text in INTERVENTIONS]
+    arms: dict[str, Callable[[], None]] = {"clean": partial(run_once, clean)}
+    for name, scores in (("twelve interventions", False), ("twelve interventions with log-probabilities", True)):
+        conditions = InterventionRun(
+            model, prompts, known, answers, ask, data, batch_size=items, scores=scores, fillers=filler
+        )
+        arms[name] = partial(run_once, partial(conditions.run, edits))
+    taken = take_turns(arms, settings.repeats, settings.clock)
+    details = {**asdict(shape), "items": items, "prompt": len(known[0].prefix), "interventions": INTERVENTIONS}
+    return [
+        Ratio(f"{name} / the clean run", taken[name], taken["clean"], None if "log" in name else 3,
+              clock=settings.clock.kind, details=details)
+        for name in arms if name != "clean"
+    ]  # fmt: skip
 
 
 # Import ------------------------------------------------------------------------------------------------------------

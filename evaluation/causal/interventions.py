@@ -155,4 +155,33 @@ def known_interventions() -> str:
     return f"there are {', '.join(names)}, and edges such as A⇸L"
 
 
-__all__ = ["ALIASES", "GRAFTS", "STATES", "STRUCTURES", "Intervention", "known_interventions", "parse_intervention"]
+def describe_interventions() -> str:
+    """Every intervention with its arguments, one a line, by family."""
+    tables = {
+        "content": {name: (rule.arguments, rule.help) for name, rule in SLOT_EDITS.items()},
+        "structure": STRUCTURES,
+        "states of the layers": STATES,
+        "grafts": GRAFTS,
+        "input": {name: (edit.arguments, edit.help) for name, edit in INPUT_EDITS.items()},
+    }
+    lines = []
+    for family, table in tables.items():
+        lines.append(f"{family}:")
+        for name, (defaults, help_text) in table.items():
+            given = ", ".join("..." if value is None else str(value) for value in defaults)
+            spelled = "K=n" if name == "K" else f"{name}({given})" if defaults else name
+            lines.append(f"  {spelled:<26} {help_text}")
+    lines.append(f"edges: queries⇸keys, queries from {', '.join(QUERIES)}, keys from {', '.join(KEYS)}; e.g. A⇸L@0-25")
+    return "\n".join(lines)
+
+
+__all__ = [
+    "ALIASES",
+    "GRAFTS",
+    "STATES",
+    "STRUCTURES",
+    "Intervention",
+    "describe_interventions",
+    "known_interventions",
+    "parse_intervention",
+]
