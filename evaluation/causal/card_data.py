@@ -5,6 +5,7 @@ Plain data with JSON in and out; `effects.py` and `verdict.py` compute the stati
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -232,8 +233,8 @@ class CausalCard:
         return self.conditions["clean"]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON."""
-        return {"format": FORMAT, **asdict(self)}
+        """All of it as JSON; numbers that are not finite become null."""
+        return _finite({"format": FORMAT, **asdict(self)})
 
     def save(self, path: str | Path) -> Path:
         """Writes `card.json`."""
@@ -260,6 +261,14 @@ class CausalCard:
             return cls(**values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no causal card ({error!r}); write it with examples/diagnose.py") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _item_view(values: Mapping[str, Any]) -> ItemView:

@@ -87,17 +87,17 @@ def _reason(role: str, effect: Effect) -> str:
 def _open_premises(found: Mapping[str, Effect | None], margin: float, missing: list[str]) -> str:
     if missing:
         return f"the card lacks {', '.join(missing)}"
-    weak = [e for role, e in found.items() if role != "oracle" and e is not None and e.mde > margin]
-    open_ones = [e.name for role, e in found.items() if role != "oracle" and e is not None
+    open_ones = [e for role, e in found.items() if role != "oracle" and e is not None
                  and not (e.equivalent or e.significant)]  # fmt: skip
-    if open_ones and weak:
-        most = max(weak, key=lambda effect: effect.mde)
+    names = ", ".join(effect.name for effect in open_ones)
+    weakest = max(open_ones, key=lambda effect: effect.mde, default=None)
+    if weakest is not None and weakest.mde > margin:
         return (
-            f"{', '.join(open_ones)} are neither different nor equivalent at n={most.n} (the smallest effect that "
-            f"would be found is {most.mde:.1f} points, the margin {margin:g}); use more items"
+            f"{names} neither different nor equivalent at n={weakest.n} (effects below {weakest.mde:.1f} points would "
+            f"not be found, the margin is {margin:g}); use more items"
         )
     if open_ones:
-        return f"{', '.join(open_ones)} are neither different nor equivalent; use more items"
+        return f"{names} neither different nor equivalent; use more items"
     parts = [f"{e.name} {e.delta:+.1f}" for e in found.values() if e is not None]
     return f"the premises of no verdict hold together ({', '.join(parts)})"
 
