@@ -51,6 +51,7 @@ class AskProtocol:
             `"<answer>{answer}</answer>"`; used to teacher-force the gold answer and the options.
         processor_options: of the processor's call, e.g. `{"add_special_tokens": False}`.
         prepare: changes a record before it is asked (e.g. resizes its pictures), or None.
+        ask: what the user says, without the chat template, where the prompt is that alone.
     """
 
     name: str
@@ -61,6 +62,7 @@ class AskProtocol:
     reply: str = "{answer}"
     processor_options: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Record], Record] | None = None
+    ask: Callable[[Record], str] | None = None
 
     def gold_reply(self, answer: str) -> GoldReply:
         """The reply that says `answer`, cut at its content."""

@@ -1,0 +1,126 @@
+"""M3CoT, ScienceQA and the text sets of Coconut, asked as IVT-LR (arXiv 2510.12603) and Coconut (arXiv 2412.06769) do.
+
+`default` scores strictly, `ivtlr` and `coconut` by the published rules, with the prompt of training; `ivtlr_chameleon`
+writes the question as Chameleon is asked. The prompt of the published weights, whose end stands behind the latents, is
+that of `examples/evaluate_steps.py`.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+
+from trainers.data.answers_staged import REFERENCE, STRICT, extract_coconut, extract_scienceqa, m3cot_letters
+from trainers.data.records import Record, RecordReport
+from trainers.data.staged_formats import STAGED_FORMATS, question_text, user_text
+
+from ..runner import Prediction
+from .benchmark import DEFAULT_PROTOCOL, AskProtocol, Benchmark, Scored
+from .choice_protocols import choice_letter
+from .step_tasks import GRAPHS, TASKS, Reply, read_task
+
+_TITLES = {"m3cot": "M3CoT", "scienceqa": "ScienceQA", "prosqa": "ProsQA", "prontoqa": "ProntoQA", "gsm8k": "GSM8k",
+           GRAPHS: "Graphs (generated)"}  # fmt: skip
+_SOURCES = {
+    "m3cot": ("LightChen2333/M3CoT",),
+    "scienceqa": ("derek-thomas/ScienceQA", "lmms-lab-encoder/ScienceQA"),
+}
+_COLUMNS = {
+    "m3cot": ("id", "question", "choices", "answer", "image"),
+    "scienceqa": ("question", "choices", "answer", "image"),
+}
+
+
+def _read(
+    name: str,
+    source: str | os.PathLike | None,
+    *,
+    tasks: Sequence[str] | None = None,
+    image_folder: str | os.PathLike | None = None,
+    report: RecordReport | None = None,
+    max_samples: int | None = None,
+    split: str | None = None,
+    num: int | None = None,
+    seed: int = 0,
+    **graph_options: object,
+) -> list[Record]:
+    """See [`read_task`]; the split `test` of a Hub id or folder unless another is asked for."""
+    if name == GRAPHS:
+        return read_task(name, num=num or max_samples, seed=seed, **graph_options)
+    if source is None:
+        if name not in _SOURCES:
+            raise ValueError(f"{name} has no public source; give its file as data_root")
+        source = _SOURCES[name][0]
+    split = split if split or os.path.isfile(source) else "test"
+    records = read_task(name, source, split, num=num, seed=seed, image_folder=image_folder, report=report)
+    return records[:max_samples]
+
+
+def _reply(record: Record, prediction: Prediction, fmt: str) -> Reply:
+    question = user_text(record, fmt)
+    return Reply(prediction.text, f"{question}\n{prediction.text}", question, STAGED_FORMATS[fmt])
+
+
+def score_steps(name: str, fmt: str, mode: str, record: Record, prediction: Prediction) -> Scored:
+    """Score and what was read: a letter, the number of an option as a letter, or the text behind the answer's mark."""
+    reply = _reply(record, prediction, fmt)
+    right = TASKS[name].score(record, reply, mode)
+    return Scored(right, _answer(name, mode, record, reply))
+
+
+def _answer(name: str, mode: str, record: Record, reply: Reply) -> str | None:
+    if name == "scienceqa":
+        number = extract_scienceqa(reply.text, mode, record["choices"])
+        return None if number < 0 else "ABCDEFGH"[number]
+    if name == "m3cot":
+        if mode == REFERENCE:
+            found = m3cot_letters(reply.text)
+            return found[-1] if found else None
+        return choice_letter(reply.text, record["choices"])
+    return extract_coconut(reply.text, mode, reply.fmt.answer_prefix.strip()) or None
+
+
+def _protocol(label: str, name: str, fmt: str, mode: str) -> AskProtocol:
+    written = STAGED_FORMATS[fmt]
+    return AskProtocol(
+        label,
+        "2412.06769" if written.name == "coconut" else "2510.12603, card 7",
+        lambda processor, record: question_text(record, processor, written, prompt="training"),
+        partial(score_steps, name, fmt, mode),
+        TASKS[name].max_new_tokens,
+        written.answer_prefix + "{answer}",
+        {"add_special_tokens": written.special_tokens, **({"image_markers": False} if "chameleon" in fmt else {})},
+        ask=lambda record: user_text(record, written),
+    )
+
+
+def _gold(name: str, record: Record) -> str:
+    """The right answer as text: of ScienceQA, whose records have its number, the letter."""
+    return "ABCDEFGH"[int(record["answer"])] if name == "scienceqa" else record["answer"]
+
+
+def _benchmark(name: str) -> Benchmark:
+    task = TASKS[name]
+    protocols = [
+        _protocol(DEFAULT_PROTOCOL, name, task.fmt, STRICT),
+        _protocol(task.method, name, task.fmt, REFERENCE),
+    ]
+    if task.chameleon:
+        protocols.append(_protocol("ivtlr_chameleon", name, task.chameleon, REFERENCE))
+    return Benchmark(
+        name=name,
+        title=_TITLES[name],
+        sources=_SOURCES.get(name, ()),
+        reader=partial(_read, name),
+        protocols={each.name: each for each in protocols},
+        group=lambda record: str(record["meta"].get(task.group, "none")) if task.group else
+        f"{len(record['steps'] or [])} steps",
+        cluster=None,
+        answers=lambda record: tuple("ABCDEFGH"[: len(record["choices"])]) if record["choices"] else None,
+        gold=partial(_gold, name),
+        columns=_COLUMNS.get(name, ()),
+    )  # fmt: skip
+
+
+STEP_BENCHMARKS = tuple(map(_benchmark, TASKS))
+
+__all__ = ["STEP_BENCHMARKS", "score_steps"]
