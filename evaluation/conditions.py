@@ -58,7 +58,7 @@ def add_condition_arguments(
     add = parser.add_argument
     add("--model", "--checkpoint", required=True, help="folder or Hub id of a latent or stock model, or of an adapter")
     add("--revision", default=None, help="branch, tag or commit of a Hub id")
-    add("--strategies", nargs="+", default=list(strategies), help=_STRATEGIES_HELP)
+    add("--strategies", "--strategy", nargs="+", default=list(strategies), help=_STRATEGIES_HELP)
     add("--num_latent_steps", type=int, default=None, help="slots, or learned tokens; default: of the model")
     add("--max_new_tokens", type=int, default=max_new_tokens, help="budget of a reply")
     add("--compare", default=None, help="another model on the same items")

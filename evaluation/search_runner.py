@@ -40,6 +40,7 @@ from .search_store import (
     RESULTS,
     RESULTS_FORMAT,
     RESULTS_V1,
+    RUN_FORMAT,
     SKIPPED,
     TIMINGS,
     VERSION,
@@ -119,7 +120,7 @@ def run_search(
     head = {"model": model, "dataset": dataset, "config": dict(config or {}), "args": dict(args or {})}
     place = {"start_data_idx": questions[0].data_idx} if plan.noise_stream == "run" else {}
     described = {"model": model, "dataset": dataset, **plan.description(), **(settings or {}), **place}
-    run = RunFolder(folder, described)
+    run = RunFolder(folder, described, RUN_FORMAT)
     run.check(resume)
     batches, stream = _left(run, questions, plan, batch_size)
     workers.wait()  # all have looked before anything is written
