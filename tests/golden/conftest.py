@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 for _part in (
-    *(f"laser_{name}" for name in ("batching", "data", "decoding", "losses")),
+    *(f"laser_{name}" for name in ("batching", "data", "decoding", "evaluation", "losses")),
     "dmlr_naive",
     "dmlr_prompts",
     "dmlr_results",
