@@ -254,7 +254,9 @@ def record_of_choice(
         id=found.id, question=found.question, answer=found.answer, images=images, choices=found.choices
     )
     fields = {
-        key: each for key, each in value.items() if isinstance(each, str | int | float | list) and key != "image"
+        key: each
+        for key, each in value.items()
+        if key == "meta_info" or isinstance(each, str | int | float | list) and key != "image"
     }
     record["meta"] = {
         "source": os.fspath(source), "row": row, "ds_name": name, "group": found.group, "cluster": found.cluster,

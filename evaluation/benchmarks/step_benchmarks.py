@@ -1,8 +1,8 @@
 """M3CoT, ScienceQA and the text sets of Coconut, asked as IVT-LR (arXiv 2510.12603) and Coconut (arXiv 2412.06769) do.
 
 `default` scores strictly, `ivtlr` and `coconut` by the published rules, with the prompt of training; `ivtlr_chameleon`
-writes the question as Chameleon is asked. The prompt of the published weights, whose end stands behind the latents, is
-that of `examples/evaluate_steps.py`.
+writes the question as Chameleon is asked. [`step_protocol`] makes the others: another format, or the prompt of the
+published evaluation scripts.
 """
 
 import os
@@ -11,7 +11,7 @@ from functools import partial
 
 from trainers.data.answers_staged import REFERENCE, STRICT, extract_coconut, extract_scienceqa, m3cot_letters
 from trainers.data.records import Record, RecordReport
-from trainers.data.staged_formats import STAGED_FORMATS, question_text, user_text
+from trainers.data.staged_formats import STAGED_FORMATS, question_text, staged_format, user_text
 
 from ..runner import Prediction
 from .benchmark import DEFAULT_PROTOCOL, AskProtocol, Benchmark, Scored
@@ -55,14 +55,14 @@ def _read(
     return records[:max_samples]
 
 
-def _reply(record: Record, prediction: Prediction, fmt: str) -> Reply:
-    question = user_text(record, fmt)
+def _reply(record: Record, prediction: Prediction, fmt: str, prompt: str) -> Reply:
+    question = user_text(record, fmt, prompt=prompt)
     return Reply(prediction.text, f"{question}\n{prediction.text}", question, STAGED_FORMATS[fmt])
 
 
-def score_steps(name: str, fmt: str, mode: str, record: Record, prediction: Prediction) -> Scored:
+def score_steps(name: str, fmt: str, prompt: str, mode: str, record: Record, prediction: Prediction) -> Scored:
     """Score and what was read: a letter, the number of an option as a letter, or the text behind the answer's mark."""
-    reply = _reply(record, prediction, fmt)
+    reply = _reply(record, prediction, fmt, prompt)
     right = TASKS[name].score(record, reply, mode)
     return Scored(right, _answer(name, mode, record, reply))
 
@@ -79,18 +79,43 @@ def _answer(name: str, mode: str, record: Record, reply: Reply) -> str | None:
     return extract_coconut(reply.text, mode, reply.fmt.answer_prefix.strip()) or None
 
 
-def _protocol(label: str, name: str, fmt: str, mode: str) -> AskProtocol:
-    written = STAGED_FORMATS[fmt]
+def step_protocol(
+    name: str, label: str = DEFAULT_PROTOCOL, fmt: str | None = None, prompt: str = "training"
+) -> AskProtocol:
+    """A protocol of a benchmark of this file.
+
+    Args:
+        name: of the benchmark.
+        label: of the protocol: `"default"` scores strictly, others by the published rule.
+        fmt: how a question is written, see `staged_formats.py`; default: that of the benchmark, for
+            `"ivtlr_chameleon"` that of Chameleon.
+        prompt: `"training"`, or `"published_inference"` for the prompt of the published evaluation scripts; what that
+            has behind its latents is [`text_behind`].
+
+    Raises:
+        ValueError: an unknown format or kind of prompt.
+    """
+    task = TASKS[name]
+    fmt = fmt or (task.chameleon if label == "ivtlr_chameleon" else None) or task.fmt
+    written = staged_format(fmt)
+    written.style(prompt)
     return AskProtocol(
         label,
         "2412.06769" if written.name == "coconut" else "2510.12603, card 7",
-        lambda processor, record: question_text(record, processor, written, prompt="training"),
-        partial(score_steps, name, fmt, mode),
-        TASKS[name].max_new_tokens,
+        lambda processor, record: question_text(record, processor, written, prompt=prompt),
+        partial(score_steps, name, fmt, prompt, STRICT if label == DEFAULT_PROTOCOL else REFERENCE),
+        task.max_new_tokens,
         written.answer_prefix + "{answer}",
         {"add_special_tokens": written.special_tokens, **({"image_markers": False} if "chameleon" in fmt else {})},
-        ask=lambda record: user_text(record, written),
+        ask=lambda record: user_text(record, written, prompt=prompt),
     )
+
+
+def text_behind(name: str, label: str = DEFAULT_PROTOCOL, fmt: str | None = None, prompt: str = "training") -> str:
+    """What the prompt of such a protocol has behind its latents."""
+    task = TASKS[name]
+    fmt = fmt or (task.chameleon if label == "ivtlr_chameleon" else None) or task.fmt
+    return staged_format(fmt).style(prompt).after_latents
 
 
 def _gold(name: str, record: Record) -> str:
@@ -100,18 +125,13 @@ def _gold(name: str, record: Record) -> str:
 
 def _benchmark(name: str) -> Benchmark:
     task = TASKS[name]
-    protocols = [
-        _protocol(DEFAULT_PROTOCOL, name, task.fmt, STRICT),
-        _protocol(task.method, name, task.fmt, REFERENCE),
-    ]
-    if task.chameleon:
-        protocols.append(_protocol("ivtlr_chameleon", name, task.chameleon, REFERENCE))
+    labels = [DEFAULT_PROTOCOL, task.method, *(["ivtlr_chameleon"] if task.chameleon else [])]
     return Benchmark(
         name=name,
         title=_TITLES[name],
         sources=_SOURCES.get(name, ()),
         reader=partial(_read, name),
-        protocols={each.name: each for each in protocols},
+        protocols={label: step_protocol(name, label) for label in labels},
         group=lambda record: str(record["meta"].get(task.group, "none")) if task.group else
         f"{len(record['steps'] or [])} steps",
         cluster=None,
@@ -123,4 +143,4 @@ def _benchmark(name: str) -> Benchmark:
 
 STEP_BENCHMARKS = tuple(map(_benchmark, TASKS))
 
-__all__ = ["STEP_BENCHMARKS", "score_steps"]
+__all__ = ["STEP_BENCHMARKS", "score_steps", "step_protocol", "text_behind"]

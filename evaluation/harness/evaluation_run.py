@@ -5,9 +5,9 @@ whatever the number of processes and however often the run was killed, so the re
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from trainers.data.records import Record
-
-from ..benchmarks.benchmark import Scored
-from ..run_folder import DONE, RunFolder
+from ..run_folder import RunFolder
 from ..runner import Prediction, predict
 from ..search_runner import Workers
 from ..statistics import wilson_interval
+from .item_order import item_order
+from .preflight import lays_out, refuse_impossible
+from .replies import chosen_reply, digest_of, item_key, line_of, replies_in
 from .results import write_results
 from .variants import Asked, Variant
 
 RUN_FORMAT = "latent-evaluation-run"
-Load = Callable[[], tuple[PreTrainedModel, Any]]
-Key = tuple[str, str, int]  # benchmark, variant, number of the item
+Load = Callable[[str], tuple[PreTrainedModel, Any]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def run_evaluation(
     load: Load,
     settings: EvaluationSettings,
     *,
-    resume: bool = False,
+    resume: bool = True,
     workers: Workers | None = None,
     progress: bool = False,
 ) -> dict[str, Any] | None:
@@ -67,8 +66,9 @@ def run_evaluation(
     Args:
         folder: of the run, see `run_folder.py` and `results.py`.
         asked: benchmarks with records.
-        variants: strategies; the first is the reference that others are compared with.
-        load: gives model and processor; called where something is left to answer.
+        variants: models with strategies; the first is the reference that others are compared with.
+        load: from the model of a variant (empty for that of the run) to model and processor; called once for each
+            where something is left to answer.
         settings: see [`EvaluationSettings`].
         resume: go on with the folder.
         workers: the processes; by default this one.
@@ -78,27 +78,42 @@ def run_evaluation(
         The content of `results.json` on the first process, None on others.
 
     Raises:
-        ValueError: no benchmark, variant or record; a folder of another run; an option that the model cannot do.
+        ValueError: no benchmark, variant or record; a folder of another run; a strategy that the model cannot do.
         RecordError: an image that cannot be read.
     """
     workers = workers or Workers()
     _check(asked, variants, settings)
-    run = RunFolder(folder, _description(asked, variants, settings), RUN_FORMAT)
+    run = RunFolder(folder, description(asked, variants, settings), RUN_FORMAT)
     run.check(resume)
     done = run.items()
     batches = [batch for batch in _batches(asked, variants, settings.batch_size) if _left(batch, done)]
-    workers.wait()
+    workers.wait()  # all have looked before anything is written
     if workers.index == 0:
         run.begin()
-    workers.wait()
+    workers.wait()  # no reply is on disk before its settings are
     mine = batches[workers.index :: workers.number]
     if mine:
-        model, processor = load()
-        _answer(run, model, processor, mine, done, settings, workers, progress)
+        models = _loaded(mine, load)
+        _answer(run, models, mine, done, settings, workers, progress)
     workers.wait()
     if workers.index:
         return None
     return write_results(folder, asked, variants, settings.model, run.items())
+
+
+def description(asked: Sequence[Asked], variants: Sequence[Variant], settings: EvaluationSettings) -> dict[str, Any]:
+    """What results depend on."""
+    benchmarks = {
+        each.benchmark.name: {
+            "protocol": each.protocol.name,
+            "behind": each.behind,
+            "items": len(each.records),
+            "digest": digest_of(each.records),
+        }
+        for each in asked
+    }
+    chosen = {each.name: {**each.options, "votes": each.votes, "model": each.model} for each in variants}
+    return {**asdict(settings), "benchmarks": benchmarks, "variants": chosen}
 
 
 @dataclass(frozen=True)
@@ -108,32 +123,40 @@ class _Batch:
     number: int
     asked: Asked
     variant: Variant
-    items: range
+    items: tuple[int, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        return [item_key(self.asked.benchmark.name, self.variant.name, item) for item in self.items]
 
 
 def _batches(asked: Sequence[Asked], variants: Sequence[Variant], size: int) -> list[_Batch]:
     found: list[_Batch] = []
     for each in asked:
+        order = item_order(each.records)
         for variant in variants:
-            for first in range(0, len(each.records), size):
-                items = range(first, min(first + size, len(each.records)))
-                found.append(_Batch(len(found), each, variant, items))
+            for first in range(0, len(order), size):
+                found.append(_Batch(len(found), each, variant, tuple(order[first : first + size])))
     return found
 
 
-def item_key(benchmark: str, variant: str, number: int) -> str:
-    """What names an item in the lines of a run."""
-    return f"{benchmark}/{variant}/{number}"
-
-
 def _left(batch: _Batch, done: Mapping[str, Any]) -> bool:
-    return any(item_key(batch.asked.benchmark.name, batch.variant.name, item) not in done for item in batch.items)
+    return any(key not in done for key in batch.keys)
+
+
+def _loaded(batches: Sequence[_Batch], load: Load) -> dict[str, tuple[PreTrainedModel, Any]]:
+    """The models of the batches, each asked for what its variants need before anything runs."""
+    models = {}
+    for variant in {batch.variant.name: batch.variant for batch in batches}.values():
+        if variant.model not in models:
+            models[variant.model] = load(variant.model)
+        refuse_impossible(models[variant.model][0], variant)
+    return models
 
 
 def _answer(
     run: RunFolder,
-    model: PreTrainedModel,
-    processor: Any,
+    models: Mapping[str, tuple[PreTrainedModel, Any]],
     batches: Sequence[_Batch],
     done: Mapping[str, Any],
     settings: EvaluationSettings,
@@ -141,91 +164,77 @@ def _answer(
     progress: bool,
 ) -> None:
     """Generate the batches of this process and put each on disk."""
-    right = total = 0
+    rights: dict[tuple[str, str], list[bool]] = defaultdict(list)
     shown = progress and workers.index == 0
     with tqdm(total=sum(len(batch.items) for batch in batches), desc="evaluate", disable=not shown) as bar:
         for batch in batches:
             start = time.perf_counter()
-            predictions = _predict(model, processor, batch, settings)
+            replies = _predict(*models[batch.variant.model], batch, settings)
             seconds = (time.perf_counter() - start) / len(batch.items)
-            lines = [
-                {"data_idx": key, "status": DONE, "prediction": asdict(prediction), "seconds": seconds}
-                for key, prediction in zip(_keys(batch), predictions, strict=True)
-                if key not in done
-            ]
-            run.append(workers.index, lines)
-            records = [batch.asked.records[item] for item in batch.items]
-            right += sum(batch.asked.protocol.score(*pair).correct for pair in zip(records, predictions, strict=True))
-            total += len(records)
-            low, high = wilson_interval(right, total)
-            bar.set_postfix_str(f"{100 * right / total:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
-            bar.update(len(records))
+            lines = [line_of(key, own, seconds) for key, own in zip(batch.keys, replies, strict=True)]
+            run.append(workers.index, [line for line in lines if line["data_idx"] not in done])
+            if shown:
+                own = rights[batch.asked.benchmark.name, batch.variant.name]
+                own += _right(batch, lines)
+                low, high = wilson_interval(sum(own), len(own))
+                bar.set_postfix_str(
+                    f"{batch.asked.benchmark.name}, {batch.variant.name}: {100 * sum(own) / len(own):.1f} % "
+                    f"[{100 * low:.1f}, {100 * high:.1f}]"
+                )
+            bar.update(len(batch.items))
 
 
-def _keys(batch: _Batch) -> list[str]:
-    return [item_key(batch.asked.benchmark.name, batch.variant.name, item) for item in batch.items]
+def _right(batch: _Batch, lines: Sequence[Mapping[str, Any]]) -> list[bool]:
+    protocol, right = batch.asked.protocol, []
+    for item, line in zip(batch.items, lines, strict=True):
+        record = batch.asked.records[item]
+        right.append(protocol.score(record, chosen_reply(replies_in(line), record, protocol)).correct)
+    return right
 
 
-def _predict(model: PreTrainedModel, processor: Any, batch: _Batch, settings: EvaluationSettings) -> list[Prediction]:
-    protocol, votes = batch.asked.protocol, batch.variant.votes
+def _predict(
+    model: PreTrainedModel, processor: Any, batch: _Batch, settings: EvaluationSettings
+) -> list[list[Prediction]]:
+    """The replies to each item of a batch: one, or as many as there are votes."""
+    protocol, votes, behind = batch.asked.protocol, max(batch.variant.votes, 1), batch.asked.behind
     records = [batch.asked.records[item] for item in batch.items]
     if protocol.prepare is not None:
         records = [protocol.prepare(record) for record in records]
     options: dict[str, Any] = dict(batch.variant.options)
-    if settings.temperature > 0 or votes:
+    if behind and lays_out(model, options.get("latent_strategy")):
+        options["latent_suffix_ids"] = processor.tokenizer.encode(behind, add_special_tokens=False)
+        behind = ""
+    if settings.temperature > 0 or batch.variant.votes:
         options |= {"do_sample": True, "temperature": settings.temperature or 1.0, "top_k": 0}
         torch.manual_seed(settings.seed * 1_000_003 + batch.number)  # the same draws, whoever answers the batch
     predictions = predict(
         model,
         processor,
-        list(records) * max(votes, 1),
+        records * votes,
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens or protocol.max_new_tokens,
-        prompt=lambda record: protocol.prompt(processor, record),
+        prompt=lambda record: protocol.prompt(processor, record) + behind,
         processor_options=protocol.processor_options,
         thoughts=settings.thoughts,
         **options,
     )
-    return _voted(predictions, records, protocol.score) if votes else predictions
-
-
-def _voted(
-    predictions: Sequence[Prediction], records: Sequence[Record], score: Callable[[Record, Prediction], Scored]
-) -> list[Prediction]:
-    """Of each item a reply with its most frequent answer, the earlier of two that are as frequent, with the steps and
-    positions of all its replies."""
-    chosen = []
-    for place, record in enumerate(records):
-        votes = predictions[place :: len(records)]
-        answers = [score(record, vote).answer for vote in votes]
-        winner = votes[answers.index(Counter(answers).most_common(1)[0][0])]
-        steps, tokens = (sum(getattr(vote, name) for vote in votes) for name in ("num_latent_steps", "num_tokens"))
-        chosen.append(replace(winner, num_latent_steps=steps, num_tokens=tokens))
-    return chosen
+    return [predictions[place :: len(records)] for place in range(len(records))]
 
 
 def _check(asked: Sequence[Asked], variants: Sequence[Variant], settings: EvaluationSettings) -> None:
     if not asked or not variants:
-        raise ValueError(f"{len(asked)} benchmarks and {len(variants)} variants; give at least one of each")
+        raise ValueError(f"{len(asked)} benchmarks and {len(variants)} conditions; give at least one of each")
     for each in asked:
         if not each.records:
             raise ValueError(f"{each.benchmark.name} has no record; check its data")
-    names = [each.benchmark.name for each in asked]
-    if len(set(names)) < len(names):
-        raise ValueError(f"benchmarks {names}: one comes twice; give each once")
+    for what, names in (("benchmarks", [each.benchmark.name for each in asked]),
+                        ("conditions", [each.name for each in variants])):  # fmt: skip
+        if len(set(names)) < len(names):
+            raise ValueError(f"{what} {names}: one comes twice; give each once")
     if settings.batch_size < 1:
         raise ValueError(f"batch_size={settings.batch_size!r} must be at least 1")
+    if settings.temperature < 0:
+        raise ValueError(f"temperature={settings.temperature!r} must be 0 (greedy) or more")
 
 
-def _description(asked: Sequence[Asked], variants: Sequence[Variant], settings: EvaluationSettings) -> dict[str, Any]:
-    """What results depend on."""
-    return {
-        **asdict(settings),
-        "benchmarks": {each.benchmark.name: {"protocol": each.protocol.name, "items": len(each.records),
-                                             "first": each.records[0]["id"], "last": each.records[-1]["id"]}
-                       for each in asked},
-        "variants": {variant.name: {**variant.options, "votes": variant.votes} for variant in variants},
-    }  # fmt: skip
-
-
-__all__ = ["RUN_FORMAT", "EvaluationSettings", "item_key", "run_evaluation"]
+__all__ = ["RUN_FORMAT", "EvaluationSettings", "description", "run_evaluation"]

@@ -1,7 +1,8 @@
 """Prediction files as the published evaluations write and merge them.
 
 LASER (arXiv 2601.06803, card 7): a folder a benchmark and strategy, JSON lists, one file a rank that a script merges.
-LaViT (arXiv 2601.10129, card 7): JSON lines. DMLR (arXiv 2512.12623, card 7): one `results.json`.
+LVR (arXiv 2509.24251, card 7): JSON lists. LaViT (arXiv 2601.10129, card 7): JSON lines. DMLR (arXiv 2512.12623,
+card 7): one `results.json`. IVT-LR (arXiv 2510.12603, card 7): JSON lines of M3CoT, one JSON object of ScienceQA.
 """
 
 import json
@@ -10,14 +11,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainers.data.predictions import whole_file
+from trainers.data.answers import (
+    LASER,
+    score_choice_relaxed,
+    score_letter,
+    score_mmvp,
+    score_yes_no,
+    score_yes_no_relaxed,
+)
+from trainers.data.answers_staged import REFERENCE, extract_scienceqa
+from trainers.data.predictions import (
+    m3cot_prediction,
+    scienceqa_predictions,
+    whole_file,
+    write_m3cot_predictions,
+    write_scienceqa_predictions,
+)
 from trainers.data.records import Record
 
-from ..benchmarks.benchmark import AskProtocol, Scored
+from ..benchmarks.benchmark import AskProtocol
 from ..run_folder import read_json
 from ..runner import Prediction
+from ..search_store import published_results
+from .replies import scores
+from .variants import Asked
 
-PUBLISHED_FORMS = ("laser", "lavit", "dmlr")
+PUBLISHED_FORMS = ("laser", "lvr", "lavit", "dmlr", "ivtlr")
 _SHUFFLE_SEED = 42  # of the published split into ranks
 _CATEGORIES = ("category", "l2_category", "subcategory")
 
@@ -69,6 +88,14 @@ def laser_path(
     return Path(folder) / benchmark / "_".join(parts) / f"{path.parent.name}_{path.name}" / name
 
 
+def lvr_record(record: Record, prediction: Prediction) -> dict[str, Any]:
+    """An entry of LVR's files: id, reply, letter, and the category where the set has some."""
+    meta, fields = record["meta"], record["meta"].get("fields", {})
+    entry = {"id": record["id"], "prediction": [prediction.text], "label": record["answer"]}
+    has_category = meta.get("ds_name") == "blink" or "category" in fields
+    return entry | ({"category": meta["group"]} if has_category else {})
+
+
 def lavit_line(record: Record, prediction: Prediction, protocol: AskProtocol) -> dict[str, Any]:
     """A line of LaViT's files; learned tokens that were laid out are counted and no part of `model_output`."""
     fields = record["meta"].get("fields", {})
@@ -78,65 +105,89 @@ def lavit_line(record: Record, prediction: Prediction, protocol: AskProtocol) ->
         "ground_truth": str(fields.get("Correct Answer", record["answer"])),
         "model_output": prediction.raw,
         "lvr_count": prediction.num_latent_steps,
-        "meta": {name: value for name, value in fields.items() if name not in ("question", "prompt")},
+        "meta": _lavit_meta(record, fields),
     }
 
 
-def dmlr_results(
-    model: str, dataset: str, records: Sequence[Record], predictions: Sequence[Prediction], scored: Sequence[Scored]
-) -> dict[str, Any]:
-    """A `results.json` of DMLR for replies that no search made: its fields, those of the search empty."""
+def _lavit_meta(record: Record, fields: Mapping[str, Any]) -> dict[str, Any]:
+    name = record["meta"].get("ds_name")
+    if name == "blink":
+        return {"task": fields["task"], "choices": record["choices"], "num_images": len(record["images"])}
+    if name == "mmstar":
+        facts = fields.get("meta_info")
+        facts = json.loads(facts) if isinstance(facts, str) else facts
+        return {**{key: fields.get(key) for key in ("category", "l2_category")}, "source": (facts or {}).get("source")}
+    if name == "vstar":
+        return {"category": fields.get("category")}
+    return {key: value for key, value in fields.items() if key != "task"}
+
+
+def dmlr_results(model: str, asked: Asked, predictions: Sequence[Prediction]) -> str:
+    """A `results.json` of DMLR for replies of any strategy: its fields, those of the search's log empty."""
+    scored = scores(asked, predictions)
     entries = [
         {
-            "data_idx": number, "question": record["question"], "image_path": None, "sys_prompt": "", "prompt": "",
-            "model_output": prediction.text, "answer": each.answer, "ground_truth": record["answer"],
+            "data_idx": number, "question": record["question"], "image_path": record["meta"].get("image_path", ""),
+            "sys_prompt": "", "prompt": asked.protocol.ask(record), "model_output": prediction.text,
+            "answer": each.answer, "ground_truth": record["answer"],
             "ground_truth_text": record["meta"].get("extra", {}).get("answer_text"), "is_correct": each.correct,
-            "best_reward": None, "best_reward_step": None, "stop_reason": "no_search",
+            "best_reward": None, "best_reward_step": None, "stop_reason": "other",
         }
-        for number, (record, prediction, each) in enumerate(zip(records, predictions, scored, strict=True))
+        for number, (record, prediction, each) in enumerate(zip(asked.records, predictions, scored, strict=True))
     ]  # fmt: skip
     correct = sum(each.correct for each in scored)
-    head = {"model": model, "dataset": dataset, "accuracy": correct / len(scored), "correct": correct,
-            "total": len(scored), "config": {}, "args": {}}  # fmt: skip
-    return {**head, "entries": entries}
+    counts = {"accuracy": correct / len(scored), "correct": correct, "total": len(scored)}
+    head = {"model": model, "dataset": asked.benchmark.name, **counts, "config": {}, "args": {}}
+    return published_results(head, entries)
 
 
-def write_published(
-    form: str,
-    path: str | Path,
-    model: str,
-    dataset: str,
-    protocol: AskProtocol,
-    records: Sequence[Record],
-    predictions: Sequence[Prediction],
-) -> Path:
+def write_published(form: str, path: str | Path, model: str, asked: Asked, predictions: Sequence[Prediction]) -> Path:
     """Write predictions in a published form.
 
     Args:
         form: one of `PUBLISHED_FORMS`.
         path: the file.
-        model, dataset: names.
-        protocol: that was asked with.
-        records, predictions: in order.
+        model: its name.
+        asked: what was asked.
+        predictions: to its records.
 
     Raises:
-        ValueError: an unknown form, or a protocol whose queries cannot be written.
+        ValueError: an unknown form, a protocol whose queries cannot be written, a benchmark that has no such form.
     """
+    protocol, target = asked.protocol, Path(path)
     if form not in PUBLISHED_FORMS:
         raise ValueError(f"unknown form of predictions {form!r}; choose one of {list(PUBLISHED_FORMS)}")
     if protocol.ask is None:
         raise ValueError(f"the protocol {protocol.name!r} has no query alone, which {form} writes; take another form")
-    pairs = list(zip(records, predictions, strict=True))
+    if form == "ivtlr":
+        return _write_ivtlr(target, asked, predictions)
+    pairs = list(zip(asked.records, predictions, strict=True))
     if form == "laser":
         text = json.dumps([laser_record(*pair, protocol) for pair in pairs], ensure_ascii=False, indent=4)
+    elif form == "lvr":
+        text = json.dumps([lvr_record(*pair) for pair in pairs], ensure_ascii=False, indent=4)
     elif form == "lavit":
-        text = "\n".join(json.dumps(lavit_line(*pair, protocol), ensure_ascii=False) for pair in pairs) + "\n"
+        text = "".join(json.dumps(lavit_line(*pair, protocol), ensure_ascii=False) + "\n" for pair in pairs)
     else:
-        scored = [protocol.score(*pair) for pair in pairs]
-        text = json.dumps(dmlr_results(model, dataset, records, predictions, scored), ensure_ascii=False, indent=2)
-    with whole_file(path) as file:
+        text = dmlr_results(model, asked, predictions)
+    with whole_file(target) as file:
         file.write(text)
-    return Path(path)
+    return target
+
+
+def _write_ivtlr(path: Path, asked: Asked, predictions: Sequence[Prediction]) -> Path:
+    name, records = asked.benchmark.name, asked.records
+    if name == "m3cot":
+        rows = zip(records, predictions, strict=True)
+        write_m3cot_predictions(
+            path, [m3cot_prediction(record, asked.protocol.ask(record), reply.text) for record, reply in rows]
+        )
+    elif name == "scienceqa":
+        found = [extract_scienceqa(reply.text, REFERENCE) for reply in predictions]
+        write_scienceqa_predictions(path, scienceqa_predictions(records, found))
+    else:
+        raise ValueError(f"there is no published form of prediction files of {name}; results.json has them")
+    return path
 
 
 def published_shards(count: int, world_size: int) -> list[list[int]]:
@@ -157,27 +208,45 @@ def merge_ranks(path: str | Path, num_ranks: int) -> list[dict[str, Any]]:
         num_ranks: number of processes.
 
     Raises:
-        ValueError: a rank is missing or no list; names it (the published script only warns).
+        ValueError: a rank is missing or no list of entries; names it (the published script only warns).
     """
     target = Path(path)
     files = [target.with_name(f"{target.stem}_rank{rank}{target.suffix}") for rank in range(num_ranks)]
     missing = [file.name for file in files if not file.is_file()]
     if missing or num_ranks < 1:
         raise ValueError(f"{target.parent} lacks {missing or 'ranks'} of {num_ranks}; finish these ranks, then merge")
+    more = target.with_name(f"{target.stem}_rank{num_ranks}{target.suffix}")
+    if more.is_file():
+        raise ValueError(f"{more} is a further rank than the {num_ranks} that are to be merged; give --num_ranks")
     entries: list[dict[str, Any]] = []
     for file in files:
-        found = read_json(file)
-        if not isinstance(found, list):
-            raise ValueError(f"{file} holds {type(found).__name__} in place of a list of entries; run the rank again")
-        entries += found
+        entries += _checked_entries(file)
     with whole_file(target) as written:
         written.write(json.dumps(entries, ensure_ascii=False, indent=4))
     return entries
 
 
-def merged_summary(entries: Sequence[Mapping[str, Any]], score: Any) -> list[str]:
-    """The lines that LASER's merge script prints: all, and by category where there are several."""
-    rights = [bool(score(_reply(entry), entry["label"])) for entry in entries]
+def _checked_entries(file: Path) -> list[dict[str, Any]]:
+    found = read_json(file)
+    if not isinstance(found, list):
+        raise ValueError(f"{file} holds {type(found).__name__} in place of a list of entries; run the rank again")
+    for number, entry in enumerate(found):
+        if not isinstance(entry, Mapping) or "label" not in entry or not entry.get("prediction"):
+            raise ValueError(f"{file}, entry {number}: needs prediction and label, got {entry!r:.120}; run it again")
+    return found
+
+
+def merged_summary(entries: Sequence[Mapping[str, Any]], benchmark: str = "") -> list[str]:
+    """The lines that LASER's merge script prints: all, and by category where there are several.
+
+    Args:
+        entries: of [`merge_ranks`].
+        benchmark: whose published scorer is taken: yes or no (HallusionBench), with options (MMVP), relaxed (VSR,
+            CUB), else letters.
+    """
+    if not entries:
+        raise ValueError("no entries; the ranks have none")
+    rights = [_is_right(entry, benchmark) for entry in entries]
     groups: dict[str, list[bool]] = {}
     for entry, right in zip(entries, rights, strict=True):
         groups.setdefault(str(entry.get("category", "Unknown")), []).append(right)
@@ -185,12 +254,17 @@ def merged_summary(entries: Sequence[Mapping[str, Any]], score: Any) -> list[str
     return [f"{name}: {sum(own)}/{len(own)} = {100 * sum(own) / len(own):.2f}%" for name, own in lines]
 
 
-def _reply(entry: Mapping[str, Any]) -> str:
-    prediction = entry["prediction"]
-    return prediction if isinstance(prediction, str) else prediction[0]
+def _is_right(entry: Mapping[str, Any], benchmark: str) -> bool:
+    prediction, label = entry["prediction"], entry["label"]
+    reply = prediction if isinstance(prediction, str) else prediction[0]
+    if benchmark == "mmvp":
+        return score_mmvp(reply, label, entry["question"], LASER)
+    if benchmark in ("vsr", "cub"):
+        return {"vsr": score_yes_no_relaxed, "cub": score_choice_relaxed}[benchmark](reply, label)
+    return (score_yes_no if benchmark == "hallusionbench" else score_letter)(reply, label, LASER)
 
 
 __all__ = [
-    "PUBLISHED_FORMS", "dmlr_results", "laser_path", "laser_record", "lavit_line", "merge_ranks", "merged_summary",
-    "published_shards", "write_published",
+    "PUBLISHED_FORMS", "dmlr_results", "laser_path", "laser_record", "lavit_line", "lvr_record", "merge_ranks",
+    "merged_summary", "published_shards", "write_published",
 ]  # fmt: skip
