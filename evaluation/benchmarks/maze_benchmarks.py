@@ -1,19 +1,33 @@
-"""Mazes: generated ones, and the published ones of VSP. A plan is right when it reaches the goal in simulation."""
+"""Mazes: generated ones, and the published ones of VSP. A plan is right when it reaches the goal in simulation.
+
+The protocols ask alike, and differ in the reply that models trained on mazes by a method have learned to write.
+"""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from trainers.data.maze_planning import parse_plan, score_plan
+from trainers.data.maze_planning import parse_plan, score_plan, shortest_plan
 from trainers.data.mazes import maze_dataset, maze_of_record, read_published_mazes
 from trainers.data.records import Record, RecordReport, record_from_row
 
 from ..runner import Prediction, build_prompt
 from .benchmark import DEFAULT_PROTOCOL, AskProtocol, Benchmark, Scored
 from .choice_protocols import TAGGED
+from .choice_records import read_choices
 
 NUM_MAZES, SEED = 200, 123  # held out: no training script draws this seed's test split
 CELL_PIXELS = 28  # of the generated mazes; published pictures are resized to it
-STATED = "Therefore, the answer is {answer}"  # of models trained on step sentences
+LINES = "test_direct.jsonl"  # the form in which LaViT's evaluation has VSP
+# What stands behind the latents in the replies of training: of LASER at once, of LVR on a new line, of LaViT behind a
+# blank, of IVT-LR behind the words of the staged formats.
+REPLIES = {
+    DEFAULT_PROTOCOL: TAGGED,
+    "laser": TAGGED,
+    "lvr": f"\n{TAGGED}",
+    "lavit": " {answer}",
+    "ivtlr": "Therefore, the answer is {answer}",
+}
 
 
 def read_mazes(
@@ -27,15 +41,23 @@ def read_mazes(
     seed: int = SEED,
     sizes: Sequence[int] | None = None,
 ) -> list[Record]:
-    """Generated mazes of the test split, `num` of them (default 200, or `max_samples`).
+    """Generated mazes of the test split.
+
+    Args:
+        num: so many; default: 200.
+        seed: of the draw.
+        sizes: sides; default: those of the generator.
 
     Raises:
-        ValueError: a source, which they do not have.
+        ValueError: a source, which they do not have; `num` below 1 or sizes that the generator refuses.
     """
-    if source is not None:
-        raise ValueError(f"data_root={os.fspath(source)!r}: these mazes are generated; for published ones take 'vsp'")
+    for name, value in (("data_root", source), ("image_folder", image_folder)):
+        if value is not None:
+            raise ValueError(f"{name}={os.fspath(value)!r}: these mazes are generated; for published ones take 'vsp'")
     options = {} if sizes is None else {"sizes": tuple(sizes)}
-    table = maze_dataset(num or max_samples or NUM_MAZES, seed=seed, split="test", **options)
+    number = NUM_MAZES if num is None else num
+    number = number if max_samples is None else min(number, max_samples)  # the first ones of a longer table
+    table = maze_dataset(number, seed=seed, split="test", **options)
     return [record_from_row(row) for row in table]
 
 
@@ -47,15 +69,30 @@ def read_vsp(
     report: RecordReport | None = None,
     max_samples: int | None = None,
     cell_pixels: int = CELL_PIXELS,
+    levels: Sequence[int] | None = None,
 ) -> list[Record]:
-    """The published mazes from their folder.
+    """The published mazes: maps with pictures, or the lines of `test_direct.jsonl`, which say what is asked.
+
+    Args:
+        source: the folder of `level3/table`, `level3/img`, ..., or that of `test_direct.jsonl`, or this file.
+        image_folder: of the lines' pictures; default: the folder of the file.
+        cell_pixels: side of a cell to which pictures of maps are resized.
+        levels: sizes to read, of maps; default: all.
 
     Raises:
-        ValueError: no folder.
+        ValueError: no source, an option that its form does not have, a map that is none.
+        RecordError: a missing file or column, a bad line; names file and row.
     """
     if source is None:
-        raise ValueError("vsp needs data_root: the folder with level3/table, level3/img, ...")
-    return read_published_mazes(source, cell_pixels=cell_pixels)[:max_samples]
+        raise ValueError(f"vsp needs data_root: the folder with level3/table, level3/img, ..., or that of {LINES}")
+    path = Path(source)
+    if path.is_file() or (path / LINES).is_file():
+        if levels is not None:
+            raise ValueError(f"levels={list(levels)}: {path} holds lines of mazes; leave levels out")
+        return read_choices("vsp", path, image_folder=image_folder, max_samples=max_samples, report=report)
+    if image_folder is not None:
+        raise ValueError(f"image_folder={os.fspath(image_folder)!r}: the pictures of {path} are beside its maps")
+    return read_published_mazes(path, levels, cell_pixels=cell_pixels)[:max_samples]
 
 
 def score_maze(record: Record, prediction: Prediction) -> Scored:
@@ -66,34 +103,26 @@ def score_maze(record: Record, prediction: Prediction) -> Scored:
 
 def _protocol(name: str, reply: str) -> AskProtocol:
     source = "VSP, arXiv 2407.01863; the reply is that of models trained here"
-    ask = lambda record: record["question"]  # noqa: E731
-    return AskProtocol(name, source, build_prompt, score_maze, 64, reply, ask=ask)
+    return AskProtocol(name, source, build_prompt, score_maze, 64, reply, ask=lambda record: record["question"])
 
 
-_PROTOCOLS = {
-    name: _protocol(name, reply)
-    for name, reply in (
-        (DEFAULT_PROTOCOL, TAGGED),
-        ("laser", TAGGED),
-        ("lvr", TAGGED),
-        ("lavit", TAGGED),
-        ("ivtlr", STATED),
-    )  # fmt: skip
-}
-
-
-def _benchmark(name: str, title: str, reader: object, sources: tuple[str, ...]) -> Benchmark:
+def _benchmark(name: str, title: str, reader: Callable[..., list[Record]], sources: tuple[str, ...]) -> Benchmark:
     return Benchmark(
         name=name,
         title=title,
         sources=sources,
         reader=reader,
-        protocols=_PROTOCOLS,
+        protocols={name: _protocol(name, reply) for name, reply in REPLIES.items()},
         group=lambda record: f"{maze_of_record(record).size}x{maze_of_record(record).size}",
         cluster=None,
         answers=lambda record: None,
-        gold=lambda record: record["answer"],
+        gold=_gold,
     )
+
+
+def _gold(record: Record) -> str:
+    """A shortest plan, of equally short ones that of the record's rule."""
+    return " ".join(shortest_plan(maze_of_record(record), record["meta"].get("tie_seed", 0)))
 
 
 MAZE_BENCHMARKS = (
@@ -101,4 +130,4 @@ MAZE_BENCHMARKS = (
     _benchmark("vsp", "VSP mazes", read_vsp, ("UCSB-NLP-Chang/Visual-Spatial-Planning",)),
 )
 
-__all__ = ["CELL_PIXELS", "MAZE_BENCHMARKS", "NUM_MAZES", "SEED", "read_mazes", "read_vsp", "score_maze"]
+__all__ = ["CELL_PIXELS", "MAZE_BENCHMARKS", "NUM_MAZES", "REPLIES", "SEED", "read_mazes", "read_vsp", "score_maze"]

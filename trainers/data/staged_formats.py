@@ -198,7 +198,7 @@ def question_text(record: Record, processor: Any, fmt: str | StagedFormat, *, pr
     return chat_prompt(processor, text, len(record["images"] or []))
 
 
-def chat_prompt(processor: Any, text: str, num_images: int = 0) -> str:
+def chat_prompt(processor: Any, text: str, num_images: int = 0, system: str | None = None) -> str:
     """The chat template around one user turn (images, then text) and the opening of the reply.
 
     Templates of models without images take the text of a turn as a string, not as a list of parts.
@@ -207,12 +207,16 @@ def chat_prompt(processor: Any, text: str, num_images: int = 0) -> str:
         processor: a processor, or a tokenizer, with a chat template.
         text: what the user says.
         num_images: images of the turn.
+        system: what the system says before it; default: what the template has there.
     """
-    parts = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}]
-    content = parts if num_images or hasattr(processor, "image_processor") else text
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    has_parts = bool(num_images) or hasattr(processor, "image_processor")
+
+    def content(images: int, words: str) -> Any:
+        return [*({"type": "image"} for _ in range(images)), {"type": "text", "text": words}] if has_parts else words
+
+    messages = [] if system is None else [{"role": "system", "content": content(0, system)}]
+    messages.append({"role": "user", "content": content(num_images, text)})
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def image_token_of(processor: Any, fmt: StagedFormat) -> str:
