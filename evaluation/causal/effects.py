@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..cluster_bootstrap import bootstrap_mean, resampled_means
-from ..paired_tests import equivalence_test, holm, minimum_detectable_effect
-from ..statistics import mcnemar_exact
+from ..paired_comparison import compare_paired
+from ..paired_tests import holm
 from .card_data import ConditionResult, Effect
 
 # What is compared beside the clean run: name -> (condition, minus condition).
@@ -60,33 +60,26 @@ def _effect(
     kept = [place for place, applied in enumerate(own.applied) if applied]
     groups = [clusters[place] for place in kept]
     before, after = (np.array([float(each.correct[place]) for place in kept]) for each in (clean, own))
-    found, n = mcnemar_exact(before, after), len(kept)
-    resampled = 100 * resampled_means(after - before, groups, seed=seed)[:, 0]
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    discordant = (found.only_a + found.only_b) / n
-    p_equal = equivalence_test(found.only_a, found.only_b, n, margin / 100).p_value
-    if len(set(groups)) < n:  # items are not independent: the bootstrap over clusters has to agree
-        shares = ((resampled <= -margin).sum() + 1, (resampled >= margin).sum() + 1)
-        p_equal = max(p_equal, max(shares) / (len(resampled) + 1))
+    found = compare_paired(before, after, groups, margin, seed)
     parsed = np.array([clean.parsed[place] and own.parsed[place] for place in kept])
     shift = 100 * (np.mean([own.parsed[p] for p in kept]) - np.mean([clean.parsed[p] for p in kept]))
     return Effect(
         name=own.name,
-        n=n,
+        n=found.n,
         accuracy=100 * float(after.mean()),
-        delta=100 * float((after - before).mean()),
-        low=float(low),
-        high=float(high),
-        only_clean=found.only_a,
-        only_condition=found.only_b,
-        p_mcnemar=found.p_value,
-        p_holm=found.p_value,
-        discordant=discordant,
+        delta=found.difference,
+        low=found.low,
+        high=found.high,
+        only_clean=found.only_first,
+        only_condition=found.only_second,
+        p_mcnemar=found.p_mcnemar,
+        p_holm=found.p_mcnemar,
+        discordant=found.discordant,
         flip=float(np.mean([clean.answers[place] != own.answers[place] for place in kept])),
-        mde=minimum_detectable_effect(discordant, n),
+        mde=found.mde,
         margin=margin,
-        p_equivalence=p_equal,
-        equivalent=p_equal < 0.05,
+        p_equivalence=found.p_equivalence,
+        equivalent=found.equivalent,
         parse_rate=100 * float(np.mean([own.parsed[place] for place in kept])),
         parse_shift=float(shift),
         delta_parsed=100 * float((after - before)[parsed].mean()) if abs(shift) > 1 and parsed.any() else None,
