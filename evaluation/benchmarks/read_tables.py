@@ -58,7 +58,7 @@ def table_source(
         return Source(path, image_folder_of(existing_file(path), image_folder), name, file_rows(path))
     if config is None:
         return open_table(os.fspath(source), split, image_folder)
-    return open_table(_loaded(os.fspath(source), config, split), None, image_folder)
+    return open_table(load_part(os.fspath(source), config, split), None, image_folder)
 
 
 def shards(folder: Path, split: str | None) -> list[Path]:
@@ -148,7 +148,12 @@ def _numbered(rows: Rows) -> Rows:
     return ((number, value) for number, (_, value) in enumerate(rows))
 
 
-def _loaded(name: str, config: str, split: str | None) -> Any:
+def load_part(name: str, config: str, split: str | None) -> Any:
+    """A split of a part (configuration) of a Hub repository.
+
+    Raises:
+        RecordError: it cannot be loaded.
+    """
     from datasets import load_dataset
 
     try:
@@ -158,4 +163,4 @@ def _loaded(name: str, config: str, split: str | None) -> Any:
         raise RecordError(name, None, reason) from error
 
 
-__all__ = ["checked_columns", "delimited_rows", "file_rows", "picture", "shards", "table_source"]
+__all__ = ["checked_columns", "delimited_rows", "file_rows", "load_part", "picture", "shards", "table_source"]

@@ -6,17 +6,21 @@ published evaluation scripts.
 """
 
 import os
+import string
 from collections.abc import Sequence
 from functools import partial
 
 from trainers.data.answers_staged import REFERENCE, STRICT, extract_coconut, extract_scienceqa, m3cot_letters
 from trainers.data.records import Record, RecordReport
 from trainers.data.staged_formats import STAGED_FORMATS, question_text, staged_format, user_text
+from trainers.data.step_readers import STEP_READERS
+from trainers.data.table_rows import open_table
 
 from ..runner import Prediction
 from .benchmark import DEFAULT_PROTOCOL, AskProtocol, Benchmark, Scored
 from .choice_protocols import choice_letter
-from .step_tasks import GRAPHS, TASKS, Reply, read_task
+from .read_tables import checked_columns, load_part
+from .step_tasks import GRAPHS, NUM_GRAPHS, TASKS, Reply, read_task
 
 _TITLES = {"m3cot": "M3CoT", "scienceqa": "ScienceQA", "prosqa": "ProsQA", "prontoqa": "ProntoQA", "gsm8k": "GSM8k",
            GRAPHS: "Graphs (generated)"}  # fmt: skip
@@ -24,10 +28,8 @@ _SOURCES = {
     "m3cot": ("LightChen2333/M3CoT",),
     "scienceqa": ("derek-thomas/ScienceQA", "lmms-lab-encoder/ScienceQA"),
 }
-_COLUMNS = {
-    "m3cot": ("id", "question", "choices", "answer", "image"),
-    "scienceqa": ("question", "choices", "answer", "image"),
-}
+_CONFIGS = {"lmms-lab-encoder/ScienceQA": "ScienceQA-IMG"}  # that has no part without a name
+_COLUMNS = dict.fromkeys(_SOURCES, ("question", "choices", "answer", "image"))
 
 
 def _read(
@@ -45,13 +47,22 @@ def _read(
 ) -> list[Record]:
     """See [`read_task`]; the split `test` of a Hub id or folder unless another is asked for."""
     if name == GRAPHS:
-        return read_task(name, num=num or max_samples, seed=seed, **graph_options)
+        number = num if max_samples is None else min(max_samples, NUM_GRAPHS if num is None else num)
+        return read_task(name, source, split, num=number, seed=seed, image_folder=image_folder, **graph_options)
     if source is None:
         if name not in _SOURCES:
             raise ValueError(f"{name} has no public source; give its file as data_root")
         source = _SOURCES[name][0]
-    split = split if split or os.path.isfile(source) else "test"
-    records = read_task(name, source, split, num=num, seed=seed, image_folder=image_folder, report=report)
+    if split is None and STEP_READERS[name].has_split and not os.path.isfile(source):
+        split = "test"
+    table: object = source
+    if os.fspath(source) in _CONFIGS and not os.path.exists(source):
+        table, split = load_part(os.fspath(source), _CONFIGS[os.fspath(source)], split), None
+    if name in _COLUMNS:
+        next(iter(checked_columns(open_table(table, split, image_folder), _COLUMNS[name]).rows), None)
+    records = read_task(
+        name, table, split, num=num, seed=seed, image_folder=image_folder, report=report, **graph_options
+    )
     return records[:max_samples]
 
 
@@ -61,7 +72,10 @@ def _reply(record: Record, prediction: Prediction, fmt: str, prompt: str) -> Rep
 
 
 def score_steps(name: str, fmt: str, prompt: str, mode: str, record: Record, prediction: Prediction) -> Scored:
-    """Score and what was read: a letter, the number of an option as a letter, or the text behind the answer's mark."""
+    """Score and what was read: a letter, the number of an option (ScienceQA), or the text behind the answer's mark.
+
+    The published rule of M3CoT takes any letter it finds behind the prompt's `Answer:`; the last one is the answer.
+    """
     reply = _reply(record, prediction, fmt, prompt)
     right = TASKS[name].score(record, reply, mode)
     return Scored(right, _answer(name, mode, record, reply))
@@ -70,10 +84,10 @@ def score_steps(name: str, fmt: str, prompt: str, mode: str, record: Record, pre
 def _answer(name: str, mode: str, record: Record, reply: Reply) -> str | None:
     if name == "scienceqa":
         number = extract_scienceqa(reply.text, mode, record["choices"])
-        return None if number < 0 else "ABCDEFGH"[number]
+        return None if number < 0 else str(number)
     if name == "m3cot":
         if mode == REFERENCE:
-            found = m3cot_letters(reply.text)
+            found = m3cot_letters(reply.whole)[len(m3cot_letters(reply.question)) :]
             return found[-1] if found else None
         return choice_letter(reply.text, record["choices"])
     return extract_coconut(reply.text, mode, reply.fmt.answer_prefix.strip()) or None
@@ -118,9 +132,11 @@ def text_behind(name: str, label: str = DEFAULT_PROTOCOL, fmt: str | None = None
     return staged_format(fmt).style(prompt).after_latents
 
 
-def _gold(name: str, record: Record) -> str:
-    """The right answer as text: of ScienceQA, whose records have its number, the letter."""
-    return "ABCDEFGH"[int(record["answer"])] if name == "scienceqa" else record["answer"]
+def _answers(name: str, record: Record) -> tuple[str, ...] | None:
+    """The options as replies name them: letters, of ScienceQA their numbers."""
+    count = len(record["choices"] or ())
+    names = tuple(map(str, range(count))) if name == "scienceqa" else tuple(string.ascii_uppercase[:count])
+    return names or None
 
 
 def _benchmark(name: str) -> Benchmark:
@@ -135,8 +151,8 @@ def _benchmark(name: str) -> Benchmark:
         group=lambda record: str(record["meta"].get(task.group, "none")) if task.group else
         f"{len(record['steps'] or [])} steps",
         cluster=None,
-        answers=lambda record: tuple("ABCDEFGH"[: len(record["choices"])]) if record["choices"] else None,
-        gold=partial(_gold, name),
+        answers=partial(_answers, name),
+        gold=lambda record: record["answer"],
         columns=_COLUMNS.get(name, ()),
     )  # fmt: skip
 
