@@ -28,7 +28,7 @@ GRAPH_SIZES = ("num_nodes", "num_edges", "num_entities", "path_lengths")
 MAZES, VSP = "mazes", "vsp"
 _READ_BY = {
     "num_mazes": (MAZES,),
-    "split": tuple(name for name in STEP_TASKS if name != GRAPHS),
+    "split": tuple(STEP_TASKS),
     "num": tuple(STEP_TASKS),
     "seed": (MAZES, *STEP_TASKS),
     **dict.fromkeys((*GRAPH_SIZES, "notation"), (GRAPHS,)),

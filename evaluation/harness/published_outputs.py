@@ -101,7 +101,7 @@ def lavit_line(record: Record, prediction: Prediction, protocol: AskProtocol) ->
     fields = record["meta"].get("fields", {})
     return {
         "id": record["id"],
-        "prompt": protocol.ask(record),
+        "prompt": record["meta"].get("prompt") or protocol.ask(record),
         "ground_truth": str(fields.get("Correct Answer", record["answer"])),
         "model_output": prediction.raw,
         "lvr_count": prediction.num_latent_steps,
@@ -111,6 +111,8 @@ def lavit_line(record: Record, prediction: Prediction, protocol: AskProtocol) ->
 
 def _lavit_meta(record: Record, fields: Mapping[str, Any]) -> dict[str, Any]:
     name = record["meta"].get("ds_name")
+    if "item" in record["meta"]:  # the lines of VSP
+        return record["meta"]["item"]
     if name == "blink":
         return {"task": fields["task"], "choices": record["choices"], "num_images": len(record["images"])}
     if name == "mmstar":

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from evaluation.benchmarks.choice_items import ChoiceItem, blink_item, mmstar_item, mmvp_item
+from evaluation.benchmarks.choice_sets import record_of_choice
+from evaluation.benchmarks.registry import benchmark
+from evaluation.harness.published_outputs import lavit_line
+from evaluation.runner import Prediction
+from tests.evaluation.choice_files import encoded
 from tests.golden.conftest import each, golden_dir, golden_json
+from tests.tiny import tiny_images
+from trainers.data.records import RecordError
+from trainers.data.sources import SkippedRow
 
 ADAPTERS: dict[str, Any] = golden_json(golden_dir("lavit"), "answers.json", {}).get("adapters", {})
 
@@ -49,6 +57,39 @@ def test_rows_are_asked_as_published(name: str) -> None:
         for item in asked
     ]  # fmt: skip
     assert found == case["output"]
+
+
+@each("name", [name for name in ADAPTERS if name in ASK])
+def test_prediction_lines(name: str, tmp_path: Path) -> None:
+    """What the harness writes for the same rows. A row whose answer is no option is refused here, as one without
+    image is passed over, and published code scores it as wrong."""
+    (picture,) = tiny_images(1)
+    rows = [
+        {
+            key: {"bytes": encoded(picture), "path": None} if value == "image bytes" else value
+            for key, value in row.items()
+        }
+        for row in ADAPTERS[name]["input"]
+    ]
+    if name == "mmvp":
+        (tmp_path / "MMVP Images").mkdir()
+        for row in rows:
+            picture.save(tmp_path / "MMVP Images" / f"{row['Index']}.jpg")
+    wanted = {entry["id"]: entry for entry in ADAPTERS[name]["output"]}
+    protocol, refused, written = benchmark(name).protocol("lavit"), [], []
+    for number, row in enumerate(rows):
+        try:
+            record = record_of_choice(name, row, "rows", number, tmp_path, "Toy" if name == "blink" else "")
+        except (RecordError, SkippedRow):
+            refused.append(row)
+            continue
+        line = lavit_line(record, Prediction(record["id"], "A", "A", 4, 5, (), raw="A"), protocol)
+        written.append({key: line[key] for key in ("id", "prompt", "ground_truth", "meta")})
+    assert [row["answer"] for row in refused] == (["A", "neither"] if name == "blink" else [])
+    assert written == [
+        {key: wanted[line["id"]][key] for key in ("id", "prompt", "ground_truth", "meta")} for line in written
+    ]
+    assert len(written) == len(rows) - len(refused) > 0
 
 
 @each("names", [sorted(ADAPTERS)] if ADAPTERS else [], ids=lambda _: "all")
