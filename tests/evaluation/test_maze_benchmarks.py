@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoProcessor
 
 from evaluation.benchmarks.maze_benchmarks import CELL_PIXELS, NUM_MAZES, SEED
 from evaluation.benchmarks.registry import benchmark
 from evaluation.runner import Prediction
+from modeling_latent import load_latent_model
 from tests.evaluation.choice_files import MAP, write_vsp
 from tests.tiny import tiny_processor
 from trainers.data.llava_text import record_messages
@@ -178,7 +178,7 @@ def test_another_rule_among_equally_short_plans_has_another_gold() -> None:
 
 def test_a_cell_is_an_image_token() -> None:
     """Of the base that the recipes of mazes train."""
-    processor = AutoProcessor.from_pretrained(BASE)
+    _, processor = load_latent_model(BASE, method="laser")
     (made,) = benchmark("mazes").read(num=1, sizes=[4])
     prompt = benchmark("mazes").protocol().prompt(processor, made)
     inputs = processor(text=[prompt], images=[open_image(image, made) for image in made["images"]])
