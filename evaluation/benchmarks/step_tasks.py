@@ -156,11 +156,12 @@ def read_task(
         raise ValueError(f"{sorted(graph_options)}: sizes of generated graphs, and {task} is read; leave them out")
     records = list(read_steps(task, data_path, split, image_folder=image_folder, report=report))
     if not records:
-        raise ValueError(f"{os.fspath(data_path)} has no record for {task}; check file and split")
+        rows = "" if report is None else f"\n{report.summary()}"
+        raise ValueError(f"{data_path} has no record for {task}; check file and split{rows}")
     if num is None:
         return records
     if num > len(records):
-        raise ValueError(f"num={num} of {len(records)} records of {os.fspath(data_path)}; ask for fewer")
+        raise ValueError(f"num={num} of {len(records)} records of {data_path}; ask for fewer")
     return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), num))]
 
 
