@@ -93,7 +93,7 @@ def run_evaluation(
     workers.wait()  # no reply is on disk before its settings are
     mine = batches[workers.index :: workers.number]
     if mine:
-        models = _loaded(mine, load)
+        models = _loaded(mine, load, settings.thoughts)
         _answer(run, models, mine, done, settings, workers, progress)
     workers.wait()
     if workers.index:
@@ -144,13 +144,14 @@ def _left(batch: _Batch, done: Mapping[str, Any]) -> bool:
     return any(key not in done for key in batch.keys)
 
 
-def _loaded(batches: Sequence[_Batch], load: Load) -> dict[str, tuple[PreTrainedModel, Any]]:
+def _loaded(batches: Sequence[_Batch], load: Load, thoughts: str) -> dict[str, tuple[PreTrainedModel, Any]]:
     """The models of the batches, each asked for what its variants need before anything runs."""
-    models = {}
-    for variant in {batch.variant.name: batch.variant for batch in batches}.values():
-        if variant.model not in models:
-            models[variant.model] = load(variant.model)
-        refuse_impossible(models[variant.model][0], variant)
+    models: dict[str, tuple[PreTrainedModel, Any]] = {}
+    for batch in {(batch.asked.benchmark.name, batch.variant.name): batch for batch in batches}.values():
+        name = batch.variant.model
+        if name not in models:
+            models[name] = load(name)
+        refuse_impossible(*models[name], batch.variant, batch.asked, thoughts)
     return models
 
 
@@ -206,7 +207,7 @@ def _predict(
         behind = ""
     if settings.temperature > 0 or batch.variant.votes:
         options |= {"do_sample": True, "temperature": settings.temperature or 1.0, "top_k": 0}
-        torch.manual_seed(settings.seed * 1_000_003 + batch.number)  # the same draws, whoever answers the batch
+    torch.manual_seed(settings.seed * 1_000_003 + batch.number)  # the same draws, whoever answers the batch
     predictions = predict(
         model,
         processor,
