@@ -68,25 +68,24 @@ class SharedPrompts:
         self.cache = GrowingCache(model.config)
         layout = Layout.of(self.images, self.mask, [Row((), 0)] * len(prefixes), 0)
         rules = [rule for edge in edges for rule in edge.prefix_rules(layout)]
+        positions = self._positions(given)
         with visible_attention(model, rules):
-            out = model(**given, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            out = model(**given, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.logits, self.state = out.logits[:, -1].float(), out.latent_states[:, -1]
-        self.base = self._positions_behind(given)
         self._head = self.mask[:, :0]  # cells fed before those of `extend`
 
     def __len__(self) -> int:
         return len(self.mask)
 
-    def _positions_behind(self, given: dict[str, Any]) -> torch.LongTensor:
-        """`(B,)` rotary position of the first cell of each row."""
-        backbone = self.model.model
+    def _positions(self, given: dict[str, Any]) -> torch.LongTensor:
+        """Positions of the prefixes; sets `(B,)` that of the first cell of each row."""
         names = ("image_grid_thw", "mm_token_type_ids", "pixel_values")
         known = {name: given[name] for name in names if given.get(name) is not None}
-        positions = backbone.plan_positions(self.input_ids, self.mask, **known)
+        positions = self.model.model.plan_positions(self.input_ids, self.mask, **known)
         self._has_axes = positions.dim() == 3
-        if self._has_axes:
-            positions = positions[-3:].amax(dim=0)
-        return positions.masked_fill(self.mask == 0, -1).amax(dim=1).to(self.device) + 1
+        largest = positions[-3:].amax(dim=0) if self._has_axes else positions
+        self.base = largest.masked_fill(self.mask == 0, -1).amax(dim=1).to(self.device) + 1
+        return positions
 
     # Feeding
 
