@@ -122,7 +122,7 @@ STAGED_ARGUMENTS: tuple[PublishedArgument, ...] = (
     renamed("val_path", STAGED, "eval_data_path", "data of the evaluation loss"),
     same("project", STAGED, "read by trackio; for wandb set WANDB_PROJECT"),
     dead(
-        "only_eval", STAGED, "true is refused: examples/evaluate_steps.py", "evaluate with examples/evaluate_steps.py",
+        "only_eval", STAGED, "true is refused: examples/evaluate.py", "evaluate with examples/evaluate.py",
         (False, None),
     ),
     PublishedArgument("debug", STAGED, "debug", "true is refused: max_steps; a word is transformers' own", _debug),

@@ -1,36 +1,18 @@
-"""The data sets of the published LaViT evaluation: where each is, what it must hold, how it is scored.
+"""The data sets of the published LaViT evaluation: where each is, and what it must hold.
 
 MMVP, BLINK, MMStar, V* and the maze questions of VSP as in "LaViT: Aligning Latent Visual Thoughts for Multi-modal
 Reasoning", arXiv 2601.10129 (card 7.2), from local files as published. `choice_items.py` says how a row is asked,
 `choice_records.py` reads the files.
 """
 
-import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainers.data.answers import STRICT, extract_letter, extract_mmvp
 from trainers.data.boxes import checked_option
-from trainers.data.maze_planning import parse_plan, score_plan
-from trainers.data.mazes import maze_of_record
-from trainers.data.records import Record
 
-from .choice_items import ChoiceItem, blink_item, letter_of, mmstar_item, mmvp_item, vsp_item, vstar_item
-
-
-def _read_letter(record: Record, text: str) -> str:
-    return extract_letter(text, STRICT, record["choices"])
-
-
-def _read_mmvp(record: Record, text: str) -> str:
-    options = " ".join(map("({}) {}".format, string.ascii_lowercase, record["choices"] or ()))
-    return extract_mmvp(text, options, STRICT)
-
-
-def _read_plan(record: Record, text: str) -> str:
-    return " ".join(parse_plan(text))
+from .choice_items import ChoiceItem, blink_item, mmstar_item, mmvp_item, vsp_item, vstar_item
 
 
 @dataclass(frozen=True)
@@ -42,8 +24,6 @@ class ChoiceTask:
         files: names of its file below the root; the first that exists is read.
         texts: columns that hold text in every row.
         others: further columns that every row has.
-        read: from record and text to the answer that the text names, strictly; empty for none.
-        group: the entry of the item's `meta` by which accuracies are split.
         has_tasks: the root holds a folder a task (BLINK).
         has_letters: the ground truth is the letter of an option; else the map of a maze (VSP).
     """
@@ -52,17 +32,8 @@ class ChoiceTask:
     files: tuple[str, ...]
     texts: tuple[str, ...]
     others: tuple[str, ...] = ()
-    read: Callable[[Record, str], str] = _read_letter
-    group: str | None = "category"
     has_tasks: bool = False
     has_letters: bool = True
-
-    def score(self, record: Record, text: str) -> bool:
-        """Whether a text names the right answer, strictly; of a maze: whether its plan reaches the goal."""
-        if not self.has_letters:
-            return score_plan(maze_of_record(record), text)
-        answer = self.read(record, text)
-        return answer != "" and answer == letter_of(record["answer"])
 
 
 TASKS: dict[str, ChoiceTask] = {
@@ -70,15 +41,12 @@ TASKS: dict[str, ChoiceTask] = {
         lambda row, folder, _: mmvp_item(row, folder),
         ("Questions.csv",),
         ("Index", "Question", "Options", "Correct Answer"),
-        read=_read_mmvp,
-        group=None,
     ),
     "blink": ChoiceTask(
         lambda row, _, task: blink_item(row, task),
         ("val-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
         ("idx", "question", "answer"),
         ("choices", "prompt", "image_1"),
-        group="task",
         has_tasks=True,
     ),
     "mmstar": ChoiceTask(
@@ -95,8 +63,6 @@ TASKS: dict[str, ChoiceTask] = {
         ("test_direct.jsonl",),
         ("image_input", "text_input"),
         ("map_id", "map_desc"),
-        read=_read_plan,
-        group=None,
         has_letters=False,
     ),
 }

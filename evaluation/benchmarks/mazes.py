@@ -1,11 +1,10 @@
 """The maze benchmark (spatial planning of VSP, arXiv 2407.01863): accuracy by simulation, with intervals."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from trainers.data.mazes import chance_level, maze_of_record, parse_plan, score_plan
+from trainers.data.mazes import chance_level, maze_of_record, score_plan
 from trainers.data.records import Record
 
 from ..conditions import accuracy_text
@@ -73,36 +72,6 @@ def evaluate_mazes(
         options: for [`predict`], e.g. `latent_strategy="off"`.
     """
     return _report(name, records, predict(model, processor, records, batch_size=batch_size, **options))
-
-
-def vote_on_mazes(
-    name: str,
-    model: Any,
-    processor: Any,
-    records: Sequence[Record],
-    samples: int,
-    batch_size: int = 50,
-    **options: Any,
-) -> MazeReport:
-    """The plan that most of several sampled replies say, the earlier one of two said alike.
-
-    Args:
-        name, model, processor, records, batch_size: see [`evaluate_mazes`].
-        samples: replies to a maze.
-        options: for [`predict`]; they should sample.
-
-    Returns:
-        A report whose predictions are replies with the chosen plan, with the steps and positions of all of them.
-    """
-    records, chosen = list(records), []
-    replies = predict(model, processor, records * samples, batch_size=batch_size, **options)
-    for index in range(len(records)):
-        votes = replies[index :: len(records)]
-        plans = [tuple(parse_plan(vote.text)) for vote in votes]
-        winner = votes[plans.index(Counter(plans).most_common(1)[0][0])]
-        steps, tokens = (sum(getattr(vote, field) for vote in votes) for field in ("num_latent_steps", "num_tokens"))
-        chosen.append(replace(winner, num_latent_steps=steps, num_tokens=tokens))
-    return _report(name, records, chosen)
 
 
 def _report(name: str, records: Sequence[Record], predictions: list[Prediction]) -> MazeReport:

@@ -1,4 +1,4 @@
-"""The tasks of `steps.py`: how each is read, asked, scored, and written to the prediction file of its published code.
+"""Questions with stepwise rationales: how each set is read, asked and scored.
 
 M3CoT and ScienceQA as in "Reasoning in the Dark: Interleaved Vision-Text Reasoning in Latent Space", arXiv 2510.12603
 (IVT-LR), the text sets as in "Training Large Language Models to Reason in a Continuous Latent Space", arXiv 2412.06769
@@ -7,20 +7,14 @@ M3CoT and ScienceQA as in "Reasoning in the Dark: Interleaved Vision-Text Reason
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from trainers.data.answers_staged import REFERENCE, extract_scienceqa, score_coconut, score_m3cot, score_scienceqa
+from trainers.data.answers_staged import REFERENCE, score_coconut, score_m3cot, score_scienceqa
 from trainers.data.boxes import checked_option
 from trainers.data.graphs import graph_dataset
-from trainers.data.predictions import (
-    m3cot_prediction,
-    scienceqa_predictions,
-    write_m3cot_predictions,
-    write_scienceqa_predictions,
-)
 from trainers.data.records import Record, RecordReport, record_from_row
 from trainers.data.staged_formats import StagedFormat
 from trainers.data.step_readers import read_steps
@@ -57,8 +51,6 @@ class StepsTask:
         max_new_tokens: published budget of a reply.
         group: the entry of `meta` by which accuracies are split; by default the number of steps.
         chameleon: the default format of Chameleon, where it has one of its own.
-        write: from path, records and replies to a prediction file as published, where there is such a form; returns
-            the number of predictions.
     """
 
     score: Callable[[Record, Reply, str], bool]
@@ -67,7 +59,6 @@ class StepsTask:
     max_new_tokens: int = 128
     group: str | None = None
     chameleon: str | None = None
-    write: Callable[[str | os.PathLike, Sequence[Record], Sequence[Reply]], int] | None = None
 
 
 def _score_m3cot(record: Record, reply: Reply, mode: str) -> bool:
@@ -84,20 +75,10 @@ def _score_coconut(record: Record, reply: Reply, mode: str) -> bool:
     return score_coconut(text, record["answer"], mode, reply.fmt.answer_prefix.strip())
 
 
-def _write_m3cot(path: str | os.PathLike, records: Sequence[Record], replies: Sequence[Reply]) -> int:
-    pairs = zip(records, replies, strict=True)
-    return write_m3cot_predictions(path, [m3cot_prediction(each, reply.question, reply.text) for each, reply in pairs])
-
-
-def _write_scienceqa(path: str | os.PathLike, records: Sequence[Record], replies: Sequence[Reply]) -> int:
-    found = [extract_scienceqa(reply.text, REFERENCE) for reply in replies]
-    return write_scienceqa_predictions(path, scienceqa_predictions(records, found))
-
-
 _choices = partial(StepsTask, method="ivtlr", fmt="ivtlr-qwen", chameleon="ivtlr-chameleon", max_new_tokens=512)
 TASKS: dict[str, StepsTask] = {
-    "m3cot": _choices(_score_m3cot, group="domain", write=_write_m3cot),
-    "scienceqa": _choices(_score_scienceqa, group="subject", write=_write_scienceqa),
+    "m3cot": _choices(_score_m3cot, group="domain"),
+    "scienceqa": _choices(_score_scienceqa, group="subject"),
     "prosqa": StepsTask(_score_coconut),
     "prontoqa": StepsTask(_score_coconut),
     "gsm8k": StepsTask(_score_coconut, max_new_tokens=64),

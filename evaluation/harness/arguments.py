@@ -83,12 +83,9 @@ def _add_data(add: Callable[..., Any]) -> None:
     add("--image_folder", default=None, help="where relative paths of images begin; default: the folder of the file")
     add("--max_samples", type=int, default=None, help="only the first so many items of each")
     add("--max_bad_share", type=float, default=0.01, help="share of bad rows above which the script stops")
-    add(
-        "--protocol", default=None, help="how items are asked and scored: default, laser, lvr, lavit, ivtlr, dmlr, ..."
-    )
-    add(
-        "--with_inst", action="store_true", help="published spelling of --protocol laser, its queries with instruction"
-    )
+    add("--protocol", nargs="+", default=None, help="how items are asked and scored, one for all or one a benchmark: "
+        "default, laser, laser_plain, lvr, lavit, ivtlr, coconut, dmlr, ...")  # fmt: skip
+    add("--with_inst", action="store_true", help="published spelling of --protocol laser: with its instruction")
     add("--format", default=None, choices=tuple(STAGED_FORMATS), help="how stepwise questions are written")
     add("--prompt", default=PROMPTS[0], choices=PROMPTS, help="of stepwise questions; the second for weights as "
         "published")  # fmt: skip
@@ -123,10 +120,13 @@ def parse_args(words: Sequence[str], description: str | None = None) -> argparse
         parser.error("--force_lvr and --mask_lvr stand for a strategy; write it into --strategies, or leave that out")
     if switches:
         args.strategies = [f"learned:{','.join(switches)}"]
-    if args.with_inst and args.protocol not in (None, "laser"):
+    if args.with_inst and args.protocol not in (None, ["laser"]):
         parser.error(f"--with_inst stands for --protocol laser, not {args.protocol}; leave one out")
-    args.protocol = args.protocol or ("laser" if args.with_inst else DEFAULT_PROTOCOL)
     args.benchmark = _names(args)
+    args.protocol = args.protocol or ["laser" if args.with_inst else DEFAULT_PROTOCOL]
+    if len(args.protocol) not in (1, len(args.benchmark)):
+        parser.error(f"--protocol {args.protocol} for {args.benchmark}; give one for all, or one a benchmark")
+    args.protocol *= len(args.benchmark) // len(args.protocol)
     if args.output_file and len(args.benchmark) > 1:
         parser.error(f"--output_file is of one benchmark, and there are {args.benchmark}; the run's folder has all")
     first = STEP_TASKS.get(args.benchmark[0])
@@ -151,7 +151,7 @@ def asked_of(args: argparse.Namespace, say: Callable[[str], Any] = print) -> lis
     """
     names = args.benchmark
     benches = [benchmark(name) for name in names]
-    protocols = [_protocol(bench, args) for bench in benches]
+    protocols = [_protocol(*pair, args) for pair in zip(benches, args.protocol, strict=True)]
     options = _read_options(args, names)
     found = []
     for bench, root, (protocol, behind) in zip(benches, _roots(args, names), protocols, strict=True):
@@ -168,9 +168,11 @@ def asked_of(args: argparse.Namespace, say: Callable[[str], Any] = print) -> lis
     return found
 
 
-def _protocol(bench: Benchmark, args: argparse.Namespace) -> tuple[AskProtocol, str]:
+def _protocol(bench: Benchmark, name: str, args: argparse.Namespace) -> tuple[AskProtocol, str]:
     """How a benchmark is asked, and what stands behind the latents."""
-    protocol, behind = bench.protocol(args.protocol), ""
+    if name not in bench.protocols:
+        raise ValueError(f"{bench.name} has no protocol {name!r}; choose one of {list(bench.protocols)}")
+    protocol, behind = bench.protocol(name), ""
     if args.format is not None or args.prompt != PROMPTS[0]:
         if bench.name not in STEP_TASKS:
             raise ValueError(f"--format and --prompt are of {sorted(STEP_TASKS)}, not of {bench.name}; leave them out")

@@ -1,4 +1,4 @@
-"""Thought tokens in the prompts of an evaluation, against prompts made by hand, and votes of sampled plans."""
+"""Thought tokens in the prompts of an evaluation, against prompts made by hand."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,14 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-import evaluation.benchmarks.mazes
-from evaluation.benchmarks.mazes import evaluate_mazes, vote_on_mazes
-from evaluation.runner import Prediction, build_prompt, predict
+from evaluation.runner import build_prompt, predict
 from evaluation.thoughts import ThoughtPlace
 from modeling_latent.configuration_latent import LATENT_METHODS
 from tests.latent import liven, tiny_latent_model
 from tests.tiny import tiny_images
-from trainers.data.mazes import maze_dataset
 from trainers.data.records import Record, make_record
 from trainers.tiny import build_tiny_processor
 
@@ -144,31 +141,3 @@ def test_what_is_refused(parts: tuple[Any, Any], records: list[Record]) -> None:
     bare = SimpleNamespace(get_vocab=dict, pad_token_id=None)
     with pytest.raises(ValueError, match="SimpleNamespace has no <|endoftext|> and no padding token"):
         ThoughtPlace.of(model, SimpleNamespace(tokenizer=bare), SEARCH)
-
-
-# Votes --------------------------------------------------------------------------------------------------------------
-
-
-def test_the_plan_that_most_replies_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans are compared as moves; the earlier one of two said alike; positions of all replies are counted."""
-    mazes = list(maze_dataset(2, seed=1, split="test", sizes=(3,)))
-    said = [["L D", "R", "l, then d"], ["U", "D", "nothing"]]
-
-    def replies(model: Any, processor: Any, asked: list[Any], **options: Any) -> list[Prediction]:
-        assert len(asked) == 6 and options == {"batch_size": 7, "do_sample": True}
-        texts = [said[i % 2][i // 2] for i in range(6)]
-        return [Prediction("m", text, text, i, 10 + i, ()) for i, text in enumerate(texts)]
-
-    monkeypatch.setattr(evaluation.benchmarks.mazes, "predict", replies)
-    report = vote_on_mazes("vote", None, None, mazes, 3, batch_size=7, do_sample=True)
-    assert [each.text for each in report.predictions] == ["L D", "U"]
-    assert [each.num_latent_steps for each in report.predictions] == [0 + 2 + 4, 1 + 3 + 5]
-    assert [each.num_tokens for each in report.predictions] == [36, 39] and report.name == "vote"
-
-
-def test_one_greedy_vote_is_the_greedy_report(parts: tuple[Any, Any]) -> None:
-    mazes = list(maze_dataset(3, seed=1, split="test", sizes=(3,)))
-    options = {"latent_strategy": "off", "max_new_tokens": 4}
-    one, greedy = (each("n", *parts, mazes, **options) for each in (
-        lambda *args, **kwargs: vote_on_mazes(*args, 1, **kwargs), evaluate_mazes))  # fmt: skip
-    assert one == greedy

@@ -414,7 +414,7 @@ def test_two_processes_give_what_one_gives(run: Run, tmp_path: Path) -> None:
         (["--benchmark", "gqa"], "unknown benchmark 'gqa'; choose one of"),
         (["--benchmark", "mmvp", "--data_root=gone"], "gone"),
         (["--benchmark", "mmvp", "--task_name=IQ_Test"], "mmvp has no tasks; leave them out"),
-        (["--protocol", "coco"], "unknown protocol 'coco'; choose one of"),
+        (["--protocol", "coco"], r"mazes has no protocol 'coco'; choose one of \['default'"),
         (["--max_samples=0"], "max_samples=0 must be at least 1"),
         (["--num=3"], "--num 3 is of .*, not of mazes; leave it out"),
         (["--split=test"], "--split test is of"),
@@ -440,7 +440,11 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     ("words", "message"),
     [
         (["--mask_lvr", "--strategies=off"], "write it into --strategies"),
-        (["--with_inst", "--protocol=lvr"], "--with_inst stands for --protocol laser, not lvr"),
+        (["--with_inst", "--protocol=lvr"], "--with_inst stands for --protocol laser, not"),
+        (
+            ["--benchmark", "mmvp", "mazes", "vsp", "--protocol", "lvr", "laser"],
+            "give one for all, or one a benchmark",
+        ),
         (["--benchmark", "mmvp", "mazes", "--output_file=x"], "--output_file is of one benchmark"),
         (["--prompt=test"], "argument --prompt: invalid choice: 'test'"),
         (["--format=llava"], "argument --format: invalid choice: 'llava'"),
