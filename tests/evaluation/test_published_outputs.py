@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from evaluation.harness.published_outputs import (
     write_published,
 )
 from evaluation.harness.variants import Asked
-from evaluation.runner import Prediction
+from evaluation.runner import Prediction, predict
 from evaluation.search_store import ENTRY_FIELDS
+from modeling_latent.configuration_latent import LATENT_METHODS, LATENT_TOKEN_FIELDS
 from tests.evaluation.choice_files import mmvp_rows, write_blink, write_mmstar, write_mmvp, write_vsp, write_vstar
 from tests.evaluation.evaluation_parts import asked as letters_asked
+from tests.latent import liven, tiny_latent_model
 from tests.tiny import tiny_images
+from trainers.data.answers_lavit import count_learned_tokens
 from trainers.data.predictions import read_m3cot_predictions, read_scienceqa_predictions
+from trainers.tiny import build_tiny_processor
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "mmvp": write_mmvp,
@@ -70,6 +75,21 @@ def test_lines_of_lavit(tmp_path: Path) -> None:
 def test_facts_of_lavit_lines(name: str, truths: list[str], metas: list[dict[str, Any]], tmp_path: Path) -> None:
     rows = [json.loads(line) for line in written("lavit", read(name, tmp_path, "lavit"), tmp_path).splitlines()]
     assert [row["ground_truth"] for row in rows] == truths and [row["meta"] for row in rows] == metas
+
+
+def test_learned_tokens_are_counted(tmp_path: Path) -> None:
+    """Those laid out are no part of the output, and are counted with those that the model wrote itself."""
+    processor = build_tiny_processor(latent_tokens=LATENT_METHODS["lavit"].tokens)
+    ids = {name: getattr(processor, name) for name in LATENT_TOKEN_FIELDS}
+    model = liven(tiny_latent_model(latent_method="lavit", **ids))
+    given = read("mmvp", tmp_path, "lavit")
+    for strategy, laid_out in (("learned", 4), ("off", 0)):
+        prompt = partial(given.protocol.prompt, processor)
+        options = {"latent_strategy": strategy, "max_new_tokens": 4, "prompt": prompt}
+        predictions = predict(model, processor, given.records, **options)
+        path = write_published("lavit", tmp_path / strategy, "m", given, predictions)
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            assert row["lvr_count"] - laid_out == count_learned_tokens(row["model_output"])
 
 
 def test_entries_of_lvr(tmp_path: Path) -> None:
