@@ -4,12 +4,13 @@ Source: Davison and Hinkley, "Bootstrap Methods and their Application", 1997, se
 """
 
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 NUM_RESAMPLES = 10_000
-_CHUNK = 2_000_000
+_CHUNK = 10_000_000  # entries of a matrix of draws, 80 MB
 
 
 class BootstrapMean(NamedTuple):
@@ -46,14 +47,20 @@ def resampled_means(
     if not np.isfinite(values).all():
         raise ValueError(f"item {int(np.argwhere(~np.isfinite(values))[0][0])} has a value that is not finite")
     sums, sizes = cluster_sums(values, clusters)
-    rng, count = np.random.default_rng(seed), len(sizes)
-    means = np.empty((num_resamples, values.shape[1]))
+    count, means = len(sizes), []
     step = max(1, _CHUNK // count)
     for begin in range(0, num_resamples, step):
-        end = min(begin + step, num_resamples)
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=end - begin)
-        means[begin:end] = (drawn @ sums) / (drawn @ sizes)[:, None]
-    return means
+        drawn = _draws(count, begin, min(begin + step, num_resamples), seed)
+        means.append((drawn @ sums) / (drawn @ sizes.astype(np.float64))[:, None])
+    return np.concatenate(means)
+
+
+@lru_cache(maxsize=4)
+def _draws(count: int, begin: int, end: int, seed: int) -> np.ndarray:
+    """How often each of `count` clusters is drawn in the resamples from `begin` to `end`: the same for every mean of
+    so many clusters, and dear, so that the last ones are kept."""
+    rng = np.random.default_rng((seed, begin))
+    return rng.multinomial(count, np.full(count, 1 / count), size=end - begin).astype(np.float64)
 
 
 def bootstrap_mean(

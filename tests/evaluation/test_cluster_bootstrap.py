@@ -14,7 +14,7 @@ def test_sums_and_sizes() -> None:
 def test_means_are_those_of_a_loop_over_drawn_clusters() -> None:
     values, clusters = np.array([1.0, 0.0, 1.0, 1.0, 0.0]), ["x", "x", "y", "z", "z"]
     means = resampled_means(values, clusters, num_resamples=50, seed=3)[:, 0]
-    drawn = np.random.default_rng(3).multinomial(3, np.full(3, 1 / 3), size=50)
+    drawn = np.random.default_rng((3, 0)).multinomial(3, np.full(3, 1 / 3), size=50)
     parts = {"x": [1.0, 0.0], "y": [1.0], "z": [1.0, 0.0]}
     for mean, counts in zip(means, drawn, strict=True):
         rows = [value for name, count in zip("xyz", counts, strict=True) for value in parts[name] * count]
