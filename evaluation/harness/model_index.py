@@ -71,9 +71,11 @@ def draw_accuracies(results: Mapping[str, Any], path: str | Path) -> Path:
     conditions: Sequence[Mapping[str, Any]] = results["conditions"]
     benchmarks = list(dict.fromkeys(each["title"] for each in conditions))
     variants = list(dict.fromkeys(each["variant"] for each in conditions))
-    height = 1.3 + 0.26 * len(benchmarks) * len(variants) + 0.2 * len(benchmarks)
+    legend = 0.19 * (len(variants) + 1)  # inches below the axes
+    rows = 0.26 * len(benchmarks) * len(variants) + 0.2 * len(benchmarks)
+    height = 0.9 + rows + legend
     figure = new_figure(7.5, height)
-    axes = figure.add_axes((0.2, 0.6 / height, 0.5, 1 - 0.9 / height))
+    axes = figure.add_axes((0.22, (0.7 + legend) / height, 0.74, rows / height))
     step = len(variants) + 1
     for each in conditions:
         number = variants.index(each["variant"])
@@ -89,7 +91,7 @@ def draw_accuracies(results: Mapping[str, Any], path: str | Path) -> Path:
     axes.set_ylim(len(benchmarks) * step - 1, -1)
     axes.set_xlabel("accuracy, % (95 % Wilson)", fontsize=8)
     plain_axes(axes)
-    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0.2, 0))
     return save_figure(figure, path)
 
 
