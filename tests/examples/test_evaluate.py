@@ -185,6 +185,25 @@ def test_published_spellings(
     assert [line["model_output"]] == column(first, "raw")
 
 
+def test_folders_of_laser_and_a_model_card(run: Run, tmp_path: Path) -> None:
+    """A place without suffix holds the published folders; the card of a model gets the results beside its text."""
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n# Text\n")
+    data = ("--benchmark=mmvp", "--data_root", write_mmvp(tmp_path / "mmvp"), "--with_inst", "--strategies", "off")
+    files = ("--output_file", tmp_path / "published", "--model_card", card, "--output", tmp_path / "run")
+    run("--model", BASE, *data, *SHORT, *files)
+    (path,) = (tmp_path / "published").rglob("*.json")
+    assert path.relative_to(tmp_path / "published").as_posix() == (
+        "mmvp/decoding_by_off_with_inst/maze-tiny_base/off000.json"
+    )
+    found = conditions(tmp_path / "run")["mmvp, off"]
+    rows = json.loads(path.read_text())
+    assert [row["prediction"] for row in rows] == [[raw] for raw in column(found, "raw")]
+    assert [row["label"] for row in rows] == [row["Correct Answer"] for row in mmvp_rows()]
+    text = card.read_text()
+    assert "license: mit" in text and "type: MMVP/MMVP" in text and text.endswith("# Text\n")
+
+
 def test_several_benchmarks_in_one_folder(run: Run, lavit: Path, tmp_path: Path) -> None:
     """A folder of each name below one root; a place each; generated mazes need none."""
     write_mmvp(tmp_path / "data" / "mmvp")
