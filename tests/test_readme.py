@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
+from modeling_latent import LATENT_OPTIONS
 from tests.hub import ROOT
 
 README = ROOT / "README.md"
@@ -90,6 +91,15 @@ def pip_problems(arguments: list[str]) -> list[str]:
     return [f"no extra {extra!r}" for extra in named if extra not in extras]
 
 
+def plugin_problems(arguments: list[str]) -> list[str]:
+    """Arguments for the model of the plugin of lmms-eval that it does not have."""
+    options = dict(zip(arguments, arguments[1:], strict=False))
+    names = [pair.partition("=")[0] for pair in options.get("--model_args", "").split(",")]
+    known = {"pretrained", "latent_strategy", "method", "revision", "dtype", "max_new_tokens", *LATENT_OPTIONS}
+    bad = [f"no argument {name!r} of the plugin" for name in names if name not in known]
+    return bad + ([] if options.get("--model") == "latent" else ["the model of the plugin is 'latent'"])
+
+
 def missing_files(words: list[str]) -> list[str]:
     """Words, or values of `--option=value`, that name a file of the project which does not exist."""
     pattern = re.compile(r"(?:hub_configs|examples|tests)/\S+|[\w-]+\.txt")
@@ -108,6 +118,8 @@ def problems(command: list[str]) -> list[str]:
         return bad + [f"no make target {target!r}" for target in targets if target not in make_targets()]
     if name == "pip":
         return bad + pip_problems(rest)
+    if name == "lmms_eval":
+        return bad + plugin_problems(rest)
     if name in ("python", "python3", "torchrun") or (name == "accelerate" and rest[:1] == ["launch"]):
         scripts = [position for position, word in enumerate(rest) if word.endswith(".py")]
         if scripts:

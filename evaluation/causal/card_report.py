@@ -38,7 +38,8 @@ def write_card(
         images: pictures of the items in `card.items`, by their index; an item without is left out of the pictures.
 
     Returns:
-        Name to file: `card.json`, `card.md`, `report.html`, and figures and item pictures by their titles.
+        Name to file: `card.json`, `card.md`, `report.html`, `summary.png` (verdict, effects and one item), and figures
+        and item pictures by their titles.
     """
     target = Path(folder)
     written = {"card.json": card.save(target / "card.json")}
@@ -48,6 +49,8 @@ def write_card(
         for view in card.items
         if images and view.index in images
     }
+    first = next(iter(items.values()), None)
+    draw_summary(card, target / "summary.png", None if first is None else Image.open(first))
     pictures = {**figures, **items}
     relative = {title: path.relative_to(target).as_posix() for title, path in pictures.items()}
     markdown = card_markdown(card, relative)
@@ -55,7 +58,7 @@ def write_card(
     written["card.md"].write_text(markdown, encoding="utf-8")
     written["report.html"] = target / "report.html"
     written["report.html"].write_text(report_html(card, pictures), encoding="utf-8")
-    return {**written, **pictures}
+    return {**written, "summary.png": target / "summary.png", **pictures}
 
 
 def report_html(card: CausalCard, pictures: Mapping[str, Path]) -> str:
