@@ -1,5 +1,6 @@
 """Colours and figures of a card; matplotlib is loaded when something is drawn."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Writes a PNG file."""
+    """Writes a PNG file; characters that the font lacks are drawn as boxes."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, facecolor="white", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(target, facecolor="white", metadata={"Software": None})
     return target
 
 

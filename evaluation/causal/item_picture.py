@@ -184,12 +184,14 @@ def _bottom(figure: Any, view: ItemView, width: float, height: float) -> None:
 
 def _printable(token: str) -> str:
     """A token as it can be drawn: spaces and line breaks as signs, no dollar (which begins a formula)."""
-    shown = token.replace("\n", "\\n").replace("$", "\\$").strip() or "_"
+    shown = "".join(character if character.isprintable() else "?" for character in token.replace("\n", "\\n"))
+    shown = shown.replace("$", "\\$").strip() or "_"
     return shown if len(shown) <= 12 else shown[:11] + "."
 
 
 def _short(text: str, length: int) -> str:
-    line = " ".join(text.split()).replace("$", "\\$")
+    line = "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+    line = line.replace("$", "\\$")
     return line if len(line) <= length else line[: length - 3] + "..."
 
 

@@ -149,7 +149,10 @@ def _regions(
     if not rows:
         return {}
     fewest = min(row.shape[1] for row in rows)
-    enrichment = np.nanmean(np.stack([row[:, :fewest] for row in rows]), axis=0)
+    stacked = np.stack([row[:, :fewest] for row in rows])
+    known = np.isfinite(stacked)
+    enrichment = np.where(known, stacked, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    enrichment[~known.any(axis=0)] = np.nan
     return {"enrichment": enrichment.tolist(), "pointing_game": float(np.mean(hits)), "regions": len(rows)}
 
 
