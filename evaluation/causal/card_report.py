@@ -65,17 +65,20 @@ def report_html(card: CausalCard, pictures: Mapping[str, Path]) -> str:
     """The card as one HTML page without links to anything; pictures are part of it."""
     body = markdown_to_html(card_markdown(card).replace(f"**{card.verdict.sentence}**", ""))
     title = html.escape(f"Causal card: {card.model} on {card.dataset}")
-    figures = "\n".join(
-        f'<figure><figcaption>{html.escape(name)}</figcaption><img alt="{html.escape(name)}" '
-        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>'
-        for name, path in pictures.items()
-    )
+    drawn = [_figure(name, path) for name, path in pictures.items()]  # the effects come first
     verdict = f'<p class="verdict" data-verdict="{card.verdict.label}">{html.escape(card.verdict.sentence)}</p>'
     head, _, rest = body.partition("</h1>")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head>\n<body>{head}</h1>\n{verdict}\n{rest}\n{figures}\n</body></html>\n"
+        f"<style>{_STYLE}</style></head>\n<body>{head}</h1>\n{verdict}\n{''.join(drawn[:1])}\n{rest}\n"
+        + "\n".join([*drawn[1:], "</body></html>\n"])
     )
+
+
+def _figure(name: str, path: Path) -> str:
+    """A picture as a part of the page."""
+    data, title = base64.b64encode(path.read_bytes()).decode(), html.escape(name)
+    return f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="data:image/png;base64,{data}"></figure>'
 
 
 def markdown_to_html(text: str) -> str:
