@@ -97,10 +97,8 @@ class InterventionRun:
         clean = self._measure(shared, part, [self._clean_row(index) for index in part])
         found: dict[str, list[Measured | None]] = {CLEAN.name: list(clean)}
         for each in conditions[1:]:
-            found[each.name] = self._condition(shared, part, each)
-        for name, measured in found.items():
-            if name != CLEAN.name:
-                found[name] = [_against(own, base) for own, base in zip(measured, clean, strict=True)]
+            measured = self._condition(shared, part, each)
+            found[each.name] = [_against(own, base) for own, base in zip(measured, clean, strict=True)]
         for base in clean:
             base.first = None
         return found
