@@ -253,7 +253,7 @@ def test_answers_that_are_cut_off_are_counted(run: Run) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from evaluation import search_runner, search_store
+from evaluation import run_folder, search_runner, search_store
 from examples import dmlr
 
 point, number = sys.argv[1], int(sys.argv[2])
@@ -278,7 +278,7 @@ def write_or_die(path, text):
     write(path, text)
 
 search_store.RunFolder.append = append_or_die
-search_runner.write_whole = search_store.write_whole = write_or_die
+run_folder.write_whole = search_runner.write_whole = search_store.write_whole = write_or_die
 dmlr.main(sys.argv[3:])
 """
 

@@ -339,11 +339,11 @@ def test_an_adapter_is_trained_by_flags_and_loaded_alone(
     monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(tmp_path / "out"), "--max_new_tokens=6"])
     generate.main()
     assert re.search(r"span: +\d+ slots at \d+, closed by", capsys.readouterr().out)
-    flags = ["--num_mazes=2", f"--output={tmp_path / 'scores.json'}", "--strategies", "dynamic"]
+    flags = ["--num_mazes=2", f"--output={tmp_path / 'scores'}", "--strategies", "dynamic"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(tmp_path / "out"), *flags])
     evaluate.main()
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert len(scores["held-out, latents dynamic"]["predictions"]) == 2
+    (scores,) = json.loads((tmp_path / "scores" / "results.json").read_text())["conditions"]
+    assert scores["variant"] == "dynamic" and len(scores["items"]) == 2
     with pytest.raises(ValueError, match="base is a stock 'qwen2_5_vl' checkpoint without latents"):
         monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(base)])
         generate.main()

@@ -121,10 +121,11 @@ def test_the_second_stage_goes_on_from_the_first_on_mazes(
     model, _ = load_latent_model(tmp_path / "grpo")
     assert model.config.latent_method == "lvr"
     flags = ["--model", tmp_path / "grpo", "--strategies", "fixed", "--num_mazes=3", "--compare", tmp_path / "out"]
-    flags += ["--temperature=1.0"]
+    flags += ["--temperature=1.0", "--output", tmp_path / "scores"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     evaluate.main()
-    assert "held-out, latents fixed minus held-out, latents fixed, out: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mazes, fixed: " in printed and "mazes, fixed, out: " in printed and " minus " in printed
 
 
 def test_the_second_stage_in_the_published_format(run: Run, folder: Path) -> None:
