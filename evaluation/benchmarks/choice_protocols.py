@@ -35,6 +35,17 @@ from .choice_sets import CHOICE_SETS
 Ask = Callable[[Record], str]
 Score = Callable[[Record, Prediction], Scored]
 TAGGED = "<answer>{answer}</answer>"
+# What stands behind the latents in the replies of training: of LASER at once, of LVR on a new line, of LaViT behind a
+# blank.
+REPLIES = {"laser": TAGGED, "lvr": f"\n{TAGGED}", "lavit": " {answer}"}
+PUBLISHED: dict[str, tuple[str, tuple[str, ...]]] = {  # paper, and the sets that it was evaluated on
+    "laser": (
+        "2601.06803",
+        ("blink", "mmvp", "mmstar", "seedbench2plus", "hallusionbench", "hrbench4k", "hrbench8k", "vsr", "cub"),
+    ),
+    "lvr": ("2509.24251", ("vstar", "mmvp", "blink")),
+    "lavit": ("2601.10129", ("mmvp", "blink", "mmstar", "vstar")),
+}
 _YES_NO_INSTRUCTION = "\nPlease answer Yes or No."
 _BLINK_INSTRUCTION = LETTER_INSTRUCTION.strip() + " Give your final answer in <answer>X</answer> format."
 _POLARITY = {1: "Yes", 0: "No"}
@@ -47,15 +58,22 @@ def choice_protocols(name: str) -> dict[str, AskProtocol]:
     default = (_yes_no_question, _score_yes_no) if yes_no else (_default_question, _score_letter)
     if name == "mmvp":
         default = (_default_question, _score_mmvp)
+    laser, lvr, lavit = (_source(method, name) for method in ("laser", "lvr", "lavit"))
     protocols = [
         _protocol(DEFAULT_PROTOCOL, "corrected", *default, reply="{answer}"),
-        _protocol("laser", "2601.06803, card 7", _laser(name, True), _laser_score(name), TAGGED),
-        _protocol("laser_plain", "2601.06803, card 7", _laser(name, False), _laser_score(name), TAGGED),
+        _protocol("laser", laser, _laser(name, True), _laser_score(name), REPLIES["laser"]),
+        _protocol("laser_plain", laser, _laser(name, False), _laser_score(name), REPLIES["laser"]),
     ]
     if not yes_no:
-        protocols.append(_protocol("lvr", "2509.24251, card 7", _lvr(name), _score_lvr, TAGGED))
-        protocols.append(_protocol("lavit", "2601.10129, card 7", _lavit(name), _score_lavit, "{answer}"))
+        protocols.append(_protocol("lvr", lvr, _lvr(name), _score_lvr, REPLIES["lvr"]))
+        protocols.append(_protocol("lavit", lavit, _lavit(name), _score_lavit, REPLIES["lavit"]))
     return {protocol.name: protocol for protocol in protocols}
+
+
+def _source(method: str, name: str) -> str:
+    """Where a method asks a set, or that it is asked in the form of the sets that the paper has."""
+    paper, sets = PUBLISHED[method]
+    return f"{paper}, card 7" + ("" if name in sets else "; the form of its other sets")
 
 
 def _protocol(name: str, source: str, ask: Ask, score: Score, reply: str) -> AskProtocol:
@@ -192,4 +210,4 @@ def _score_lavit(record: Record, prediction: Prediction) -> Scored:
     return Scored(score_lavit(prediction.raw, record["answer"], REFERENCE), _named(found))
 
 
-__all__ = ["TAGGED", "choice_letter", "choice_protocols"]
+__all__ = ["PUBLISHED", "REPLIES", "TAGGED", "choice_letter", "choice_protocols"]

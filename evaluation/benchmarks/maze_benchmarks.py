@@ -13,21 +13,14 @@ from trainers.data.records import Record, RecordReport, record_from_row
 
 from ..runner import Prediction, build_prompt
 from .benchmark import DEFAULT_PROTOCOL, AskProtocol, Benchmark, Scored
+from .choice_protocols import REPLIES as CHOICE_REPLIES
 from .choice_protocols import TAGGED
-from .choice_records import read_choices
+from .vsp_lines import LINES, read_vsp_lines
 
 NUM_MAZES, SEED = 200, 123  # held out: no training script draws this seed's test split
 CELL_PIXELS = 28  # of the generated mazes; published pictures are resized to it
-LINES = "test_direct.jsonl"  # the form in which LaViT's evaluation has VSP
-# What stands behind the latents in the replies of training: of LASER at once, of LVR on a new line, of LaViT behind a
-# blank, of IVT-LR behind the words of the staged formats.
-REPLIES = {
-    DEFAULT_PROTOCOL: TAGGED,
-    "laser": TAGGED,
-    "lvr": f"\n{TAGGED}",
-    "lavit": " {answer}",
-    "ivtlr": "Therefore, the answer is {answer}",
-}
+# What stands behind the latents in the replies of training, of IVT-LR behind the words of the staged formats.
+REPLIES = {DEFAULT_PROTOCOL: TAGGED, **CHOICE_REPLIES, "ivtlr": "Therefore, the answer is {answer}"}
 
 
 def read_mazes(
@@ -89,7 +82,7 @@ def read_vsp(
     if path.is_file() or (path / LINES).is_file():
         if levels is not None:
             raise ValueError(f"levels={list(levels)}: {path} holds lines of mazes; leave levels out")
-        return read_choices("vsp", path, image_folder=image_folder, max_samples=max_samples, report=report)
+        return read_vsp_lines(path, image_folder=image_folder, report=report, max_samples=max_samples)
     if image_folder is not None:
         raise ValueError(f"image_folder={os.fspath(image_folder)!r}: the pictures of {path} are beside its maps")
     return read_published_mazes(path, levels, cell_pixels=cell_pixels)[:max_samples]

@@ -21,7 +21,7 @@ from trainers.data.table_rows import open_table, parquet_rows
 
 Rows = Iterator[tuple[int, Any]]
 _TABLES = (".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")
-_LONGEST_PATH = 1_024  # a longer text in an image column is a picture in base64
+LONGEST_PATH = 1_024  # a longer text in an image column is a picture in base64
 _MOST_CHARACTERS = 2**31 - 1  # of a field of a table: pictures in base64 are long
 
 
@@ -129,7 +129,7 @@ def picture(value: Any, folder: Path, origin: tuple[Any, int], archive: str | No
         return {"bytes": value, "path": None}
     if not isinstance(value, str) or not value:
         return value
-    if len(value) > _LONGEST_PATH or value.startswith("data:"):
+    if len(value) > LONGEST_PATH or value.startswith("data:"):
         try:
             return {"bytes": base64.b64decode(value.rpartition(",")[2], validate=True), "path": None}
         except binascii.Error as error:
@@ -141,6 +141,21 @@ def picture(value: Any, folder: Path, origin: tuple[Any, int], archive: str | No
             if inside is not None:
                 return {"bytes": packed.read(inside), "path": value}
     return value
+
+
+def fetch_files(repository: str, patterns: Sequence[str]) -> Path:
+    """The folder of a repository's files that match the patterns, fetched where they are not in the cache.
+
+    Raises:
+        RecordError: the repository cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:  # no network, no such repository, no access
+        reason = f"cannot be fetched ({error}); fetch it once, and pass its folder as data_root"
+        raise RecordError(repository, None, reason) from error
 
 
 def _numbered(rows: Rows) -> Rows:
@@ -163,4 +178,7 @@ def load_part(name: str, config: str, split: str | None) -> Any:
         raise RecordError(name, None, reason) from error
 
 
-__all__ = ["checked_columns", "delimited_rows", "file_rows", "load_part", "picture", "shards", "table_source"]
+__all__ = [
+    "LONGEST_PATH", "checked_columns", "delimited_rows", "fetch_files", "file_rows", "load_part", "picture", "shards",
+    "table_source",
+]  # fmt: skip

@@ -4,7 +4,7 @@ Paper: "Reasoning Within the Mind: Dynamic Multimodal Interleaving in Latent Spa
 repository of the paper has questions without images, and its ScienceQA file lacks every answer that is option A; here
 the records come from the original data sets, images and all answers included, in the form of the data JSON
 (`trainers/data/dmlr.py`), which `write_dmlr_json` writes. `search_items.py` says how a row is asked; MMStar and MMVP
-are read by `choice_records.py`.
+are read by `choice_benchmarks.py`.
 """
 
 import contextlib
@@ -23,7 +23,9 @@ from trainers.data.records import Record, RecordError, RecordReport, make_record
 from trainers.data.sources import SkippedRow, Source, read_sources
 from trainers.data.table_rows import open_table, parquet_rows, row_images, text_fields, with_positions
 
-from .choice_records import read_choices
+from .choice_benchmarks import read_choice_set
+from .choice_items import mmstar_facts
+from .read_tables import checked_columns, fetch_files
 from .search_items import (
     SearchItem,
     hallusion_item,
@@ -48,7 +50,7 @@ class SearchTask:
         repository: on the Hub.
         split: of a repository of tables; None for one of files.
         num_rows: as many questions the data file of the paper has; None where it is not known.
-        item: from a row to what is asked; None for sets that `choice_records.py` reads.
+        item: from a row to what is asked; None for sets that `choice_benchmarks.py` reads.
         texts: columns that hold text in every row.
         others: further columns that every row has.
         files: patterns of the files to fetch, where the repository has no tables.
@@ -179,15 +181,17 @@ def read_search(
 
 
 def _choice_records(name: str, data_root: str | os.PathLike | None, report: RecordReport) -> Iterator[Record]:
-    for record in read_choices(name, _root(name, data_root), report=report):
-        meta, facts = record["meta"], record["meta"]["item"]
+    for record in read_choice_set(name, _root(name, data_root), report=report):
+        meta, fields = record["meta"], record["meta"]["fields"]
         if name == "mmvp":
-            prompt, solution = mmvp_item(facts)
+            prompt, solution = mmvp_item(fields)
+            extra = {key: value for key, value in fields.items() if key != "task"}
         else:
             prompt, solution = mmstar_item(record["question"], record["answer"], record["choices"])
+            extra = mmstar_facts(fields)
         record |= {"question": prompt, "answer": solution}
         record["meta"] = {key: meta[key] for key in ("source", "row", "ds_name")}
-        record["meta"] |= {"data_idx": meta["row"], "extra": dict(facts)}
+        record["meta"] |= {"data_idx": meta["row"], "extra": extra}
         yield record
 
 
@@ -203,7 +207,7 @@ def record_from_search(
         RecordError: the row is damaged or lacks a column; an answer that is none of the choices; an image that is
             missing or none.
         SkippedRow: for a row without image that is no part of the set.
-        ValueError: an unknown data set, or one that `choice_records.py` reads.
+        ValueError: an unknown data set, or one that `choice_benchmarks.py` reads.
     """
     named = tuple(name for name, task in SEARCH_TASKS.items() if task.item is not None)
     task, origin = SEARCH_TASKS[checked_option("dataset", dataset, named)], (source, row)
@@ -244,21 +248,10 @@ def _table_records(name: str, data_root: str | os.PathLike | None, report: Recor
         validate_record(record, path, row)
         check_dmlr(record, path, row)
 
-    checked = Source(source.path, source.image_folder, name, _checked_rows(source, task))
+    checked = checked_columns(source, (*task.texts, *task.others))
     for record in read_sources([checked], with_positions(build), check, report):
         record["meta"]["data_idx"] = record["meta"].pop("position")
         yield record
-
-
-def _checked_rows(source: Source, task: SearchTask) -> Iterator[tuple[int, Any]]:
-    """The rows; a column that the first one lacks is missing in the whole table."""
-    for row, value in source.rows:
-        missing = [name for name in (*task.texts, *task.others) if isinstance(value, Mapping) and name not in value]
-        if row == 0 and missing:
-            raise RecordError(
-                source.path, None, f"lacks the columns {missing}, it has {list(value)}; check data_root and its split"
-            )
-        yield row, value
 
 
 def _local_source(name: str, root: Path) -> Source:
@@ -330,15 +323,7 @@ def _root(name: str, data_root: str | os.PathLike | None) -> Path:
         if not os.path.exists(data_root):
             raise RecordError(data_root, None, "neither a file nor a folder; check data_root")
         return Path(data_root)
-    from huggingface_hub import snapshot_download
-
-    task = SEARCH_TASKS[name]
-    try:
-        return Path(snapshot_download(task.repository, repo_type="dataset", allow_patterns=list(task.files)))
-    except (OSError, ValueError) as error:  # no network, no such repository, no access
-        raise RecordError(
-            task.repository, None, f"cannot be fetched ({error}); fetch it once, and pass its folder as data_root"
-        ) from error
+    return fetch_files(SEARCH_TASKS[name].repository, SEARCH_TASKS[name].files)
 
 
 __all__ = ["NO_IMAGE", "SEARCH_TASKS", "SearchTask", "read_search", "record_from_search"]

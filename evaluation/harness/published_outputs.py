@@ -30,6 +30,7 @@ from trainers.data.predictions import (
 from trainers.data.records import Record
 
 from ..benchmarks.benchmark import AskProtocol
+from ..benchmarks.choice_items import mmstar_facts
 from ..run_folder import read_json
 from ..runner import Prediction
 from ..search_store import published_results
@@ -92,7 +93,7 @@ def lvr_record(record: Record, prediction: Prediction) -> dict[str, Any]:
     """An entry of LVR's files: id, reply, letter, and the category where the set has some."""
     meta, fields = record["meta"], record["meta"].get("fields", {})
     entry = {"id": record["id"], "prediction": [prediction.text], "label": record["answer"]}
-    has_category = meta.get("ds_name") == "blink" or "category" in fields
+    has_category = meta.get("ds_name") in ("blink", "vstar") or "category" in fields
     return entry | ({"category": meta["group"]} if has_category else {})
 
 
@@ -116,9 +117,7 @@ def _lavit_meta(record: Record, fields: Mapping[str, Any]) -> dict[str, Any]:
     if name == "blink":
         return {"task": fields["task"], "choices": record["choices"], "num_images": len(record["images"])}
     if name == "mmstar":
-        facts = fields.get("meta_info")
-        facts = json.loads(facts) if isinstance(facts, str) else facts
-        return {**{key: fields.get(key) for key in ("category", "l2_category")}, "source": (facts or {}).get("source")}
+        return mmstar_facts(fields)
     if name == "vstar":
         return {"category": fields.get("category")}
     return {key: value for key, value in fields.items() if key != "task"}

@@ -1,5 +1,6 @@
 """Files of the multiple-choice sets with the published columns, of a few rows, made from tiny images."""
 
+import base64
 import csv
 import io
 import json
@@ -13,6 +14,7 @@ from PIL.Image import Image as Picture
 from tests.tiny import tiny_images
 
 MMVP_COLUMNS = ("Index", "Question", "Options", "Correct Answer")
+LETTER = "\nAnswer with the option's letter from the given choices directly."
 MAP = [[1, 0, -1], [0, 0, 0], [-1, 0, 2]]
 
 
@@ -115,3 +117,40 @@ def write_vsp(folder: Path, maps: Sequence[Any] = (MAP,)) -> Path:
         image.save(folder / f"{i}.png")
         rows.append({"image_input": f"{i}.png", "text_input": "Go.", "map_id": i, "map_desc": map_desc})
     return write_lines(folder / "test_direct.jsonl", rows)
+
+
+def image(number: int = 0) -> dict[str, Any]:
+    return {"bytes": encoded(tiny_images(4)[number]), "path": None}
+
+
+def table(path: Path, *rows: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(list(rows)).to_parquet(path)
+    return path
+
+
+def base64_image() -> str:
+    return base64.b64encode(encoded(tiny_images(1)[0])).decode()
+
+
+# A row of each set, with the columns of the published source or of the copies of evaluation harnesses.
+ROWS: dict[str, dict[str, Any]] = {
+    "blink": {"idx": "val_Counting_1", "question": "How many?", "choices": ["0", "3"], "answer": "(B)", "prompt": "",
+              "image_1": image()},
+    "mmvp": {"Index": 4, "Question": "Is it open?", "Options": "(a) Yes (b) No", "Correct Answer": "(b)",
+             "image": image()},
+    "mmstar": {"index": 7, "question": "What?\nOptions: A: one, B: two, C: three, D: four", "answer": "B",
+               "category": "math", "l2_category": "geometry", "image": image()},
+    "seedbench2plus": {"question_id": "s1", "question": "What is shown?", "choice_A": "a1", "choice_B": "b1",
+                       "choice_C": "c1", "choice_D": "d1", "answer": "B", "data_id": "text_rich/1.png",
+                       "question_image_type": "Chart", "image": image()},
+    "hallusionbench": {"question": "Is it red?", "gt_answer": "0", "category": "VD", "subcategory": "chart",
+                       "set_id": "0", "figure_id": "1", "question_id": "2", "image": image()},
+    "hrbench4k": {"index": 3, "question": "What is it?", "A": "cat", "B": "dog", "C": "cow", "D": "pig", "answer": "B",
+                  "category": "single", "cycle_category": "cycle", "image": base64_image()},
+    "vstar": {"question_id": "115", "text": f"Of what? (A) wood (B) stone{LETTER}", "label": "B",
+              "category": "relative_position", "image": image()},
+    "vsr": {"caption": "The cat is on the mat.", "label": 0, "relation": "on", "image": image()},
+    "cub": {"question": "Which bird?", "choices": ["crow", "gull"], "answer": "gull", "image": image()},
+}  # fmt: skip
+ROWS["hrbench8k"] = ROWS["hrbench4k"]

@@ -208,6 +208,11 @@ def test_missing_files_and_names(tmp_path: Path) -> None:
 def test_the_registry() -> None:
     assert set(CHOICE_SETS) < set(BENCHMARKS) and len(BENCHMARKS) == 21
     assert all(name in BENCHMARKS for name in ALIASES.values())
+    same = {"HR-Bench 4K": "hrbench4k", "hrbench8k": "hrbench8k", "V*": "vstar", "V*Bench": "vstar", "MMVP ": "mmvp",
+            "SEED-Bench-2-Plus": "seedbench2plus", "seedbench_2_plus": "seedbench2plus", "Math_Vista": "mathvista",
+            "MATH-Vision": "mathvision", "MM-Math": "mm_math", "mmmath": "mm_math", "HallusionBench": "hallusionbench",
+            "V-Star": "vstar", "HRBench": "hrbench4k"}  # fmt: skip
+    assert {name: benchmark(name).name for name in same} == same
     for bench in BENCHMARKS.values():
         assert bench.protocol().name == "default" and all(name == each.name for name, each in bench.protocols.items())
         for protocol in bench.protocols.values():

@@ -20,7 +20,7 @@ from evaluation.harness.published_outputs import (
 from evaluation.runner import Prediction
 from tests.golden.conftest import each, golden_dir, golden_json
 from tests.tiny import tiny_images
-from trainers.data.records import Record
+from trainers.data.records import Record, make_record
 
 EVALUATION: dict[str, Any] = golden_json(golden_dir("laser"), "evaluation.json", {})
 PROMPTS: dict[str, Any] = EVALUATION.get("prompts", {})
@@ -76,6 +76,59 @@ def test_queries_and_prediction_files(case: str, tmp_path: Path) -> None:
     assert f"{sum(right)}/{len(right)} = {100 * sum(right) / len(right):.2f}%" == wanted["accuracy_line"]
     options = {"latent_strategy": "dynamic", "max_latent_steps": 8}
     assert [laser_path("", name, "run/checkpoint", options).name] == wanted["output_file"]
+
+
+# Replies
+
+
+def scored(name: str, response: str, truth: str = "A", question: str = "?", options: str = "") -> tuple:
+    """What the protocols of a set read in a reply; they read alike."""
+    record = make_record("0", question, truth)
+    record["meta"] = {"fields": {"Options": options}}
+    said = Prediction("", "", "", 0, 4, (), raw=response)  # the text without special tokens is not what is read
+    found = {tuple(benchmark(name).protocol(protocol).score(record, said)) for protocol in PROTOCOLS.values()}
+    (one,) = found
+    return one
+
+
+@each("case", EVALUATION.get("letter", []), ids=lambda case: case["response"][:40])
+def test_letters_through_the_protocols(case: dict[str, Any]) -> None:
+    for name in ("blink", "mmstar", "seedbench2plus", "hrbench4k", "hrbench8k"):
+        assert scored(name, case["response"])[1] == (case["extracted"] or None), name
+
+
+@each("case", EVALUATION.get("mmvp", []), ids=lambda case: case["response"][:40] + case["question"][-20:])
+def test_letters_of_mmvp_through_the_protocols(case: dict[str, Any]) -> None:
+    question, _, options = case["question"].partition(" ")
+    assert scored("mmvp", case["response"], "A", question, options)[1] == (case["extracted"] or None)
+    right = case["extracted"] == "A"
+    assert scored("mmvp", case["response"], "(a)", question, options)[0] is right
+
+
+@each("case", EVALUATION.get("yes_no", []), ids=lambda case: case["response"][:40])
+def test_yes_and_no_through_the_protocols(case: dict[str, Any]) -> None:
+    answer = {1: "Yes", 0: "No", -1: None}[case["extracted"]]
+    assert scored("hallusionbench", case["response"], "Yes") == (answer == "Yes", answer)
+
+
+TRUTHS = {
+    "letter_ground_truth": "mmstar",
+    "yes_no_ground_truth": "hallusionbench",
+    "yes_no_relaxed": "vsr",
+    "choice_relaxed": "cub",
+}
+
+
+@each(
+    "name,case",
+    [(name, case) for table, name in TRUTHS.items() for case in EVALUATION.get(table, [])],
+    ids=lambda value: value if isinstance(value, str) else f"{value['response'][:30]}={value['ground_truth']}",
+)
+def test_scores_through_the_protocols(name: str, case: dict[str, Any]) -> None:
+    assert scored(name, case["response"], case["ground_truth"])[0] is case["correct"]
+
+
+# Files of several processes
 
 
 @each("case", EVALUATION.get("shards", []), ids=lambda case: f"{case['n']} on {case['world_size']}")

@@ -1,14 +1,12 @@
-"""LaViT golden vectors: rows of the evaluation's data sets as they are asked, with their meta (card 7.2)."""
+"""LaViT golden vectors through its protocol: rows as they are asked, prediction lines, letters, scores (card 7)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from evaluation.benchmarks.choice_items import ChoiceItem, blink_item, mmstar_item, mmvp_item
 from evaluation.benchmarks.choice_sets import record_of_choice
 from evaluation.benchmarks.registry import benchmark
 from evaluation.harness.published_outputs import lavit_line
@@ -16,84 +14,86 @@ from evaluation.runner import Prediction
 from tests.evaluation.choice_files import encoded
 from tests.golden.conftest import each, golden_dir, golden_json
 from tests.tiny import tiny_images
-from trainers.data.records import RecordError
+from trainers.data.records import Record, RecordError, make_record
 from trainers.data.sources import SkippedRow
 
-ADAPTERS: dict[str, Any] = golden_json(golden_dir("lavit"), "answers.json", {}).get("adapters", {})
+ANSWERS: dict[str, Any] = golden_json(golden_dir("lavit"), "answers.json", {})
+ADAPTERS: dict[str, Any] = ANSWERS.get("adapters", {})
+ASKED = ("mmvp", "blink", "mmstar")
+FACTS = ("id", "prompt", "ground_truth", "meta")
 
 
-def mmvp(row: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> ChoiceItem:
-    """From a folder that is found from the path that the item is to have."""
-    return mmvp_item(row, "" if wanted is None else Path(wanted["image"]).parents[1])
+def said(raw: str) -> Prediction:
+    return Prediction("", raw, raw, 4, 5, (), raw=raw)
 
 
-def blink(row: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> ChoiceItem:
-    return blink_item(row, "" if wanted is None else wanted["meta"]["task"])
-
-
-def mmstar(row: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> ChoiceItem:
-    return mmstar_item(row)
-
-
-ASK: dict[str, Callable[..., ChoiceItem]] = {"mmvp": mmvp, "blink": blink, "mmstar": mmstar}
-
-
-def shown(item: ChoiceItem) -> str:
-    """The images in the form of the file: a path, or their number."""
-    (*more, last) = item.images
-    if not more and last.lower().endswith((".jpg", ".jpeg", ".png")):
-        return last
-    return f"{len(item.images)} image{'s' if more else ''}"
-
-
-@each("name", [name for name in ADAPTERS if name in ASK])
-def test_rows_are_asked_as_published(name: str) -> None:
-    case, ask = ADAPTERS[name], ASK[name]
-    wanted = {entry["id"]: entry for entry in case["output"]}
-    asked = [item for row in case["input"] if (item := ask(row, wanted.get(ask(row, None).id))).images]
-    found = [
-        {"id": item.id, "image": shown(item), "prompt": item.prompt, "ground_truth": item.ground_truth,
-         "meta": item.meta}
-        for item in asked
-    ]  # fmt: skip
-    assert found == case["output"]
-
-
-@each("name", [name for name in ADAPTERS if name in ASK])
-def test_prediction_lines(name: str, tmp_path: Path) -> None:
-    """What the harness writes for the same rows. A row whose answer is no option is refused here, as one without
-    image is passed over, and published code scores it as wrong."""
+def rows_of(name: str, folder: Path) -> list[dict[str, Any]]:
+    """The rows of a set; their images, which the file only names, are a tiny one."""
     (picture,) = tiny_images(1)
+    inside = {"bytes": encoded(picture), "path": None}
     rows = [
-        {
-            key: {"bytes": encoded(picture), "path": None} if value == "image bytes" else value
-            for key, value in row.items()
-        }
+        {key: inside if value == "image bytes" else value for key, value in row.items()}
         for row in ADAPTERS[name]["input"]
     ]
     if name == "mmvp":
-        (tmp_path / "MMVP Images").mkdir()
+        (folder / "MMVP Images").mkdir()
         for row in rows:
-            picture.save(tmp_path / "MMVP Images" / f"{row['Index']}.jpg")
+            picture.save(folder / "MMVP Images" / f"{row['Index']}.jpg")
+    return rows
+
+
+def shown(record: Record, folder: Path) -> str:
+    """The images in the form of the file: a path, or their number."""
+    (*more, last) = record["images"]
+    if isinstance(last, str):
+        return f"mmvp/{Path(last).relative_to(folder).as_posix()}"
+    return f"{1 + len(more)} image{'s' if more else ''}"
+
+
+@each("name", [name for name in ADAPTERS if name in ASKED])
+def test_rows_are_asked_and_written_as_published(name: str, tmp_path: Path) -> None:
+    """A row whose answer is no option is refused here, and published code scores it as wrong: it is asked with
+    another answer. A row without image is passed over by both."""
     wanted = {entry["id"]: entry for entry in ADAPTERS[name]["output"]}
-    protocol, refused, written = benchmark(name).protocol("lavit"), [], []
-    for number, row in enumerate(rows):
+    protocol, refused, skipped, written = benchmark(name).protocol("lavit"), [], [], []
+    for number, row in enumerate(rows_of(name, tmp_path)):
+        given = ["rows", number, tmp_path, "Toy" if name == "blink" else ""]
+        truth = None
         try:
-            record = record_of_choice(name, row, "rows", number, tmp_path, "Toy" if name == "blink" else "")
-        except (RecordError, SkippedRow):
-            refused.append(row)
+            record = record_of_choice(name, row, *given)
+        except SkippedRow:
+            skipped.append(row["idx"])
             continue
-        line = lavit_line(record, Prediction(record["id"], "A", "A", 4, 5, (), raw="A"), protocol)
-        written.append({key: line[key] for key in ("id", "prompt", "ground_truth", "meta")})
-    assert [row["answer"] for row in refused] == (["A", "neither"] if name == "blink" else [])
-    assert written == [
-        {key: wanted[line["id"]][key] for key in ("id", "prompt", "ground_truth", "meta")} for line in written
-    ]
-    assert len(written) == len(rows) - len(refused) > 0
+        except RecordError:
+            truth = row["answer"]
+            refused.append(truth)
+            record = record_of_choice(name, {**row, "answer": "A"}, *given)
+        line = {key: value for key, value in lavit_line(record, said("A"), protocol).items() if key in FACTS}
+        line |= {"image": shown(record, tmp_path)} | ({} if truth is None else {"ground_truth": truth})
+        written.append(line)
+    assert (refused, skipped) == ((["neither"], ["val_Toy_4"]) if name == "blink" else ([], []))
+    assert written == list(wanted.values()) and written
 
 
 @each("names", [sorted(ADAPTERS)] if ADAPTERS else [], ids=lambda _: "all")
 def test_every_data_set_of_the_file_is_tested(names: list[str]) -> None:
-    unknown = sorted(set(names) - set(ASK))
+    unknown = sorted(set(names) - set(ASKED))
     if unknown:
-        pytest.fail(f"no adapter is compared with the vectors of {unknown}; add it to ASK")
+        pytest.fail(f"no adapter is compared with the vectors of {unknown}; add it to ASKED")
+
+
+def scored(name: str, raw: str, truth: str) -> tuple[bool, str | None]:
+    return tuple(benchmark(name).protocol("lavit").score(make_record("0", "?", truth), said(raw)))
+
+
+@each("case", ANSWERS.get("extract_answer_letter", []), ids=lambda case: repr(case["text"])[:40])
+def test_the_protocol_reads_the_published_letter(case: dict[str, Any]) -> None:
+    letter = case["letter"] and case["letter"].upper()
+    for name in ("mmvp", "blink", "mmstar", "vstar"):
+        assert scored(name, case["text"], letter or "A") == (letter is not None, letter), name
+
+
+@each("case", ANSWERS.get("check_answer_correct", []), ids=lambda case: repr(case["prediction"])[:40])
+def test_the_protocol_scores_as_published(case: dict[str, Any]) -> None:
+    for name in ("mmvp", "blink", "mmstar", "vstar"):
+        assert scored(name, case["prediction"], case["ground_truth"])[0] is case["correct"], name

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from evaluation.benchmarks.registry import benchmark
+from evaluation.runner import Prediction
 from tests.golden.conftest import each, golden_dir, golden_json
 from trainers.data.answers import LETTER_INSTRUCTION, score_letter_lvr
+from trainers.data.records import make_record
 from trainers.reward_loading import discover_rewards
 from trainers.rewards import accuracy_reward, format_reward
 
@@ -25,6 +28,14 @@ def test_training_rewards(row: dict) -> None:
 @each("row", TABLES.get("evaluation", []), ids=lambda row: f"{row['response']}={row['label']}")
 def test_letters_of_the_evaluation(row: dict) -> None:
     assert score_letter_lvr(row["response"], row["label"]) is row["correct"]
+
+
+@each("row", TABLES.get("evaluation", []), ids=lambda row: f"{row['response']}={row['label']}")
+def test_letters_through_the_protocol(row: dict) -> None:
+    said = Prediction("", row["response"], row["response"], 0, 4, (), raw="")
+    for name in ("vstar", "mmvp", "blink"):
+        found = benchmark(name).protocol("lvr").score(make_record("0", "?", row["label"]), said)
+        assert found.correct is row["correct"], name
 
 
 @each("order", [TABLES["discovery_order"]] if TABLES else [])
