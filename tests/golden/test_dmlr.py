@@ -8,6 +8,7 @@ reads `FOLDER/dmlr`; a file that the set lacks yields no test. The tests are in 
 
 from tests.golden.dmlr_naive import *  # noqa: F403
 from tests.golden.dmlr_prompts import *  # noqa: F403
+from tests.golden.dmlr_protocols import *  # noqa: F403
 from tests.golden.dmlr_results import *  # noqa: F403
 from tests.golden.dmlr_search import *  # noqa: F403
 from tests.golden.dmlr_verify import *  # noqa: F403

@@ -10,5 +10,6 @@ from tests.golden.ivtlr_coconut import *  # noqa: F403
 from tests.golden.ivtlr_data import *  # noqa: F403
 from tests.golden.ivtlr_naive import *  # noqa: F403
 from tests.golden.ivtlr_plan import *  # noqa: F403
+from tests.golden.ivtlr_protocols import *  # noqa: F403
 from tests.golden.ivtlr_published import *  # noqa: F403
 from tests.golden.ivtlr_stages import *  # noqa: F403
