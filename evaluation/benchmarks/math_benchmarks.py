@@ -30,7 +30,7 @@ def _read(
 ) -> list[Record]:
     if image_folder is not None:
         raise ValueError(f"image_folder={os.fspath(image_folder)!r}: pictures of {name} are in its table or beside it")
-    return read_search(name, source, report=report)[:max_samples]
+    return read_search(_SETS[name][0], source, report=report)[:max_samples]
 
 
 def _benchmark(name: str) -> Benchmark:
@@ -40,7 +40,7 @@ def _benchmark(name: str) -> Benchmark:
         name=name,
         title=title,
         sources=(task.repository,),
-        reader=partial(_read, key),
+        reader=partial(_read, name),
         protocols=search_protocols(as_record),
         group=lambda record: str(record["meta"]["extra"].get(group) or "none"),
         cluster=None,
