@@ -21,7 +21,8 @@ from .effects import comparisons_of, effects_of
 from .further_runs import Ask, asker, check_free, donors_of_runs, edited_items, free_items
 from .intervention_run import InterventionRun
 from .interventions import Intervention
-from .measures import CardMeasures, measure_card
+from .item_attention import item_attentions
+from .measures import ATTENTION_BATCH, CardMeasures, measure_card
 from .slot_data import SlotData
 from .slot_sources import image_embeddings, oracle_vectors
 from .suites import roles_of, suite_interventions, traits_of
@@ -154,6 +155,8 @@ class _Builder:
                 raise ValueError("count='free' needs regime='live': frozen slots leave the stop rule nothing to read")
         further = self._further(free)
         self.run = self._new_run(self.regime, further)
+        if any(each.select.startswith("top") for each in self.interventions):
+            self.data.attention = self._answer_attention()
         self.conditions = self.run.run(self.interventions)
         for each in free:
             self.conditions[each.name].count = "free"
@@ -169,6 +172,15 @@ class _Builder:
             feeds_back=feeds_back, batch_size=self.batch_size, scores=self.scores, fillers=self._filler_ids,
             progress=self.progress, further=dict(further or {}),
         )  # fmt: skip
+
+    def _answer_attention(self) -> list[torch.Tensor | None]:
+        """Of each item the attention of the answer to its latents, for edits of those that it reads most."""
+        found: list[torch.Tensor | None] = []
+        for first in range(0, len(self.items), ATTENTION_BATCH):
+            items = self.items[first : first + ATTENTION_BATCH]
+            attention = item_attentions(self.model, self.run.shared(items), items)
+            found += [None if each is None else each.answer_to_latents for each in attention]
+        return found
 
     def _filler_ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

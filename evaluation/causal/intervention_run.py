@@ -135,7 +135,7 @@ class InterventionRun:
         edges = each.cut_edges(len(decoder_layers(self.model))) if each.edges else ()
         if any(edge.in_prefix for edge in edges):
             shared = self.shared([self.items[index] for index in part], edges)
-        states = self._states(part, rows, each) if each.family == "state" else None
+        states = self._states(part, each) if each.family == "state" else None
         measured = self._measure(shared, part, rows, edges, states)
         return [own if is_applied else None for own, is_applied in zip(measured, applied, strict=True)]
 
@@ -257,7 +257,7 @@ class InterventionRun:
             items = self.items[first : first + self.batch_size]
             self._layers += self.shared(items).layer_states([clean_row(item, self.ids) for item in items])
 
-    def _states(self, part: range, rows: Sequence[Row], each: Intervention) -> list[torch.Tensor | None]:
+    def _states(self, part: range, each: Intervention) -> list[torch.Tensor | None]:
         return [self._state(index, each) for index in part]
 
     def _state(self, index: int, each: Intervention) -> torch.Tensor | None:

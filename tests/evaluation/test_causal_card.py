@@ -56,6 +56,15 @@ def test_only_the_slot_that_is_copied_has_an_effect() -> None:
     assert card.conditions["shuffle_same_answer"].texts == card.clean.texts
 
 
+def test_the_slots_that_the_answer_reads_most_are_known() -> None:
+    """Attention is uniform in these models: the first of equal ones is edited; two of two are all."""
+    card = card_of("content", suite=["zero", "zero[top=1]", "zero[top=2]", "zero[random=1]"], items=8)
+    assert all(card.conditions["zero[top=1]"].applied)
+    assert card.conditions["zero[top=2]"].gold_log_prob == card.conditions["zero"].gold_log_prob
+    for name in ("zero[top=1]", "zero[random=1]"):
+        assert 0 < card.effects[name].u < card.effects["zero"].u, name
+
+
 def test_frozen_and_live_differ_where_later_slots_read_the_edited_one() -> None:
     live, frozen = (card_of("content", suite=["zero[0]"], items=8, regime=regime) for regime in ("live", "frozen"))
     assert live.clean.gold_log_prob == frozen.clean.gold_log_prob
